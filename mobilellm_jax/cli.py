@@ -1,0 +1,76 @@
+"""The command line: verbs, their flags, and how errors are shown.
+
+Each verb's module is imported only when the verb runs, so that `--help` answers at once.
+"""
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+import mobilellm_jax
+from mobilellm_jax.errors import UserError
+
+# Verb -> (module with `add_arguments(parser)` and `main(args)`, one line of help).
+VERBS = {
+    "prepare": ("mobilellm_jax.data.prepare", "turn text into a dataset of packed tokens"),
+    "train": ("mobilellm_jax.training.command", "train a model, or go on with its training"),
+    "evaluate": ("mobilellm_jax.evaluation.command", "measure loss, perplexity, bits per byte"),
+    "generate": ("mobilellm_jax.inference.command", "continue prompts with a trained model"),
+    "convert": ("mobilellm_jax.conversion.convert", "write or read a Hugging Face folder"),
+}
+
+_EPILOG = """\
+From text to a model, in this order (`mobilellm VERB --help` has an example for each):
+  mobilellm prepare  --input book.txt --vocab_size 4096 --output data/book
+  mobilellm train    --config configs/laptop.py --workdir runs/book --config.data.path=data/book
+  mobilellm evaluate --checkpoint runs/book --data data/book
+  mobilellm generate --checkpoint runs/book --prompt "Once upon a time"
+  mobilellm convert  --to hf --checkpoint runs/book --output book_hf
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb. Returns the exit status: 0, or 2 for a mistake that the user can mend."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = arguments[0] if arguments and arguments[0] in VERBS else None
+    args, rest = _parser(verb).parse_known_args(arguments)
+    if rest and not (verb == "train" and all(arg.startswith("--config.") for arg in rest)):
+        _parser(verb).parse_args(arguments)  # names what it does not know, and exits
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    module = importlib.import_module(VERBS[verb][0])
+    if verb == "train":
+        args.overrides = rest
+    try:
+        module.main(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser(verb: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mobilellm",
+        description="Small on-device language models, from text to phone.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=mobilellm_jax.__version__)
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for name, (module, summary) in VERBS.items():
+        sub = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if name == verb:
+            importlib.import_module(module).add_arguments(sub)
+    return parser

@@ -1,0 +1,1 @@
+"""The data room: text -> tokenizer -> packed records on disk -> batches for training."""

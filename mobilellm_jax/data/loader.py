@@ -1,0 +1,308 @@
+"""Prepared datasets to batches; the order of the records is a pure function of seed and position.
+
+There is no iterator state: whoever knows the step knows the batch, on any number of hosts, so a
+run resumes by naming its step. Batches are made by background threads (grain), a few steps ahead.
+"""
+
+import bisect
+import dataclasses
+import functools
+import hashlib
+import itertools
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+from array_record.python import array_record_module
+from grain.experimental import index_shuffle
+
+from mobilellm_jax.data.records import (
+    DatasetHeader,
+    Record,
+    Shard,
+    checksum_seed,
+    decode_record,
+)
+from mobilellm_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+_MAX_RECORDS = 1 << 40
+# grain's index_shuffle works on at least this many; fewer take it up to a millisecond per call.
+_SMALL = 1 << 16
+
+
+class RecordSource:
+    """Random access to the records of one split; safe to use from several threads.
+
+    A damaged or missing shard raises UserError with the file, the record's number in it and, where
+    ArrayRecord tells it, the byte. Nothing is silent: ArrayRecord hashes its chunks, each record
+    has a checksum that knows its place, and the header knows the size and count of every shard.
+    """
+
+    def __init__(self, directory: str | Path, split: str):
+        self.directory = Path(directory)
+        self.split = split
+        self.header = DatasetHeader.load(directory)
+        if split not in self.header.splits:
+            raise UserError(
+                f"{directory}: no {split!r} split, only {', '.join(map(repr, self.header.splits))}"
+                "; prepare it with --valid_fraction, --valid_input or --split_field"
+            )
+        self._shards = self.header.splits[split].shards
+        self._stops = list(itertools.accumulate(shard.num_records for shard in self._shards))
+        self._readers: list[array_record_module.ArrayRecordReader | None]
+        self._readers = [None] * len(self._shards)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._stops[-1]
+
+    def __getitem__(self, index: int) -> Batch:
+        """The arrays of one row, [T] each, as in ``train_batches``."""
+        return _row(self.record(index))
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
+        return [self[index] for index in indices]
+
+    def record(self, index: int) -> Record:
+        """The record as it was written."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        number = bisect.bisect_right(self._stops, index)
+        shard = self._shards[number]
+        position = index - self._stops[number] + shard.num_records
+        try:
+            data = self._reader(number).read([position])[0]
+            return decode_record(
+                data,
+                sequence_length=self.header.sequence_length,
+                vocab_size=self.header.vocab_size,
+                seed=checksum_seed(self.header.tokenizer_sha256, self.split, index),
+            )
+        except (RuntimeError, IndexError, UserError) as error:
+            raise UserError(
+                f"{self.directory / shard.file}: record {position} (of {self.split}: {index}) "
+                f"{error}; the shard is damaged: copy it again, or prepare the dataset again"
+            ) from error
+
+    def _reader(self, number: int) -> array_record_module.ArrayRecordReader:
+        with self._lock:
+            if self._readers[number] is None:
+                self._readers[number] = _open_shard(self.directory, self._shards[number])
+            return self._readers[number]
+
+
+def open_split(directory: str | Path, split: str) -> RecordSource:
+    """The records of ``split`` ('train' or 'valid') of a prepared dataset.
+
+    Raises UserError if the folder is not a complete dataset with that split.
+    """
+    return RecordSource(directory, split)
+
+
+def _open_shard(directory: Path, shard: Shard) -> array_record_module.ArrayRecordReader:
+    options = "readahead_buffer_size:0,max_parallelism:0"
+    reader = array_record_module.ArrayRecordReader(
+        str(directory / shard.file), options, file_reader_buffer_size=1 << 15
+    )
+    # ArrayRecord opens a truncated file as an empty one.
+    if reader.num_records() != shard.num_records:
+        raise UserError(f"is not there: {reader.num_records()} of {shard.num_records} can be found")
+    return reader
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordOrder:
+    """Which record of which dataset stands at each position of a training run.
+
+    Calling it costs O(1) time and memory, and it keeps no state. Each dataset is shuffled anew in
+    each of its epochs, in which every record appears exactly once. A mixture interleaves the
+    datasets as evenly as their weights allow, each with its own epochs.
+    """
+
+    num_records: tuple[int, ...]
+    weights: tuple[float, ...]
+    seed: int
+
+    def __call__(self, position: int) -> tuple[int, int]:
+        """(number of the dataset, number of the record in it) at ``position`` >= 0."""
+        dataset, count = divmod(self._choice[position], _MAX_RECORDS)
+        num_records = self.num_records[dataset]
+        epoch, index = divmod(count, num_records)
+        key = f"{self.seed}/{dataset}/{epoch}".encode()
+        # Hashed, as neighbouring seeds would otherwise share orders between epochs and datasets.
+        epoch_seed = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest())
+        if num_records <= _SMALL:
+            return dataset, int(_permutation(num_records, epoch_seed)[index])
+        # In grain 0.2.18 index_shuffle yields one index twice and one never where max_index is a
+        # power of 4. So: the next odd max_index, and again while the result is out of range.
+        while True:
+            index = index_shuffle(index, max_index=num_records | 1, seed=epoch_seed, rounds=4)
+            if index < num_records:
+                return dataset, index
+
+    @functools.cached_property
+    def _choice(self) -> grain.MapDataset:
+        """At each position dataset * _MAX_RECORDS + how many of it came before."""
+        counters = [
+            grain.MapDataset.range(dataset * _MAX_RECORDS, (dataset + 1) * _MAX_RECORDS)
+            for dataset in range(len(self.num_records))
+        ]
+        return grain.MapDataset.mix(counters, self.weights)
+
+
+@functools.lru_cache(maxsize=16)
+def _permutation(length: int, seed: int) -> np.ndarray:
+    """The legacy generator, as NumPy promises that only its numbers never change."""
+    return np.random.RandomState(seed).permutation(length).astype(np.uint16)
+
+
+def train_batches(
+    datasets: Sequence[tuple[str | Path, float]],
+    *,
+    seed: int,
+    global_batch_size: int,
+    sequence_length: int,
+    start_step: int = 0,
+    num_steps: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 4,
+    prefetch: int = 8,
+) -> Iterator[Batch]:
+    """Batches of steps start_step, ..., num_steps - 1 (None: without end) of a training run.
+
+    The global batch of step s has the records at positions [s * B, (s + 1) * B) of the order; this
+    process gets the contiguous rows [p * B / P, (p + 1) * B / P) of it. A batch depends on nothing
+    but (datasets, seed, global_batch_size, step).
+
+    Args:
+      datasets: (folder, weight) pairs; the weights are relative shares of the records.
+      seed: decides the order.
+      global_batch_size: B, records per step over all P processes; a multiple of P.
+      sequence_length: T; must be that of the datasets.
+      num_steps: the step at which the run ends, whatever ``start_step`` is.
+      num_threads, prefetch: background threads, and batches made ahead.
+
+    Yields:
+      Dicts of arrays [B / P, T]: inputs, targets and segment_ids (number of the document within
+      its record, from 1; 0 is padding), all int32, and loss_weights, float32, 0 for padding.
+
+    Raises:
+      UserError: datasets that are damaged or do not go together, at once; a damaged record, when
+        its batch is due.
+    """
+    sources = [open_split(directory, "train") for directory, _ in datasets]
+    _check_mixture(sources, [weight for _, weight in datasets], sequence_length)
+    if global_batch_size < 1 or global_batch_size % process_count:
+        raise UserError(
+            f"global batch size {global_batch_size} does not divide into {process_count} equal "
+            "parts, one per process; change one of them"
+        )
+    order = RecordOrder(
+        tuple(map(len, sources)), tuple(float(weight) for _, weight in datasets), seed
+    )
+    rows = global_batch_size // process_count
+
+    def batch_of(step: int) -> Batch:
+        start = step * global_batch_size + process_index * rows
+        places = [order(position) for position in range(start, start + rows)]
+        return _stack([sources[dataset][index] for dataset, index in places])
+
+    stop = sys.maxsize if num_steps is None else num_steps
+    return _prefetched(range(start_step, stop), batch_of, num_threads, prefetch)
+
+
+def eval_batches(
+    directory: str | Path,
+    split: str = "valid",
+    *,
+    batch_size: int,
+    max_records: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 2,
+    prefetch: int = 4,
+) -> Iterator[Batch]:
+    """Every record of a split once, in the order of the text; batches as in ``train_batches``.
+
+    All batches have [batch_size / process_count, T] rows and their number is the same in every
+    process; rows that the last one lacks are padding (loss_weights 0). ``max_records`` limits the
+    evaluation to the first records.
+    """
+    source = open_split(directory, split)
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"evaluation batch size {batch_size} does not divide into {process_count} equal parts, "
+            "one per process; change one of them"
+        )
+    num_records = len(source) if max_records is None else min(max_records, len(source))
+    rows, sequence_length = batch_size // process_count, source.header.sequence_length
+
+    def batch_of(number: int) -> Batch:
+        start = number * batch_size + process_index * rows
+        stop = min(start + rows, num_records)
+        padding = _row(Record(np.zeros(sequence_length + 1, np.int32), 0, np.zeros(0, np.int32)))
+        found = [source[index] for index in range(start, stop)]
+        return _stack(found + [padding] * (rows - len(found)))
+
+    numbers = range(math.ceil(num_records / batch_size))
+    return _prefetched(numbers, batch_of, num_threads, prefetch)
+
+
+def _row(record: Record) -> Batch:
+    """Inputs, targets, loss weights and segment ids of one record, [T] each."""
+    sequence_length = len(record.tokens) - 1
+    position = np.arange(sequence_length)
+    begins = np.zeros(sequence_length, np.int32)
+    begins[record.starts[record.starts < sequence_length]] = 1
+    begins[0] = 1  # what a record begins with, from its middle or not, is its first segment
+    return {
+        "inputs": record.tokens[:-1],
+        "targets": record.tokens[1:],
+        "loss_weights": (position + 1 < record.num_valid).astype(np.float32),
+        "segment_ids": np.where(position < record.num_valid, np.cumsum(begins), 0).astype(np.int32),
+    }
+
+
+def _stack(rows: list[Batch]) -> Batch:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _prefetched(
+    numbers: range, batch_of: Callable[[int], Batch], num_threads: int, prefetch: int
+) -> Iterator[Batch]:
+    """Calls ``batch_of`` in background threads; its errors are raised where the batch is due."""
+    batches = grain.MapDataset.range(numbers.start, numbers.stop).map(batch_of)
+    options = grain.ReadOptions(num_threads, max(prefetch, num_threads))
+    return iter(batches.to_iter_dataset(options))
+
+
+def _check_mixture(sources: list[RecordSource], weights: list[float], sequence_length: int) -> None:
+    if not sources:
+        raise UserError("no dataset to train on; name at least one")
+    first = sources[0]
+    for source, weight in zip(sources, weights, strict=True):
+        if not 0 < weight < math.inf:
+            raise UserError(f"{source.directory}: its weight {weight} must be more than 0")
+        if source.header.tokenizer_sha256 != first.header.tokenizer_sha256:
+            raise UserError(
+                f"{first.directory} and {source.directory}: made with different tokenizers "
+                f"({first.header.tokenizer_sha256[:12]}, {source.header.tokenizer_sha256[:12]}); "
+                "prepare both with the same --tokenizer"
+            )
+        if source.header.sequence_length != first.header.sequence_length:
+            raise UserError(
+                f"{first.directory} and {source.directory}: sequence_length "
+                f"{first.header.sequence_length} and {source.header.sequence_length} do not mix; "
+                "prepare both with the same --sequence_length"
+            )
+        if source.header.sequence_length != sequence_length:
+            raise UserError(
+                f"{source.directory}: sequence_length {source.header.sequence_length}, but the "
+                f"run's is {sequence_length}; change the run's, or prepare the dataset again"
+            )

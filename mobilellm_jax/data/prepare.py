@@ -1,0 +1,339 @@
+"""``prepare``: text files in, a folder of packed token records out, whole or not at all."""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from mobilellm_jax import __version__
+from mobilellm_jax.data.encoding import encode_in_order
+from mobilellm_jax.data.folder import folder_in_the_making
+from mobilellm_jax.data.packing import SplitWriter
+from mobilellm_jax.data.records import (
+    HEADER_FILE,
+    SPLITS,
+    TOKENIZER_FILE,
+    DatasetHeader,
+    SourceFile,
+)
+from mobilellm_jax.data.sources import BLOCK_BYTES, Source, find_sources
+from mobilellm_jax.data.splits import Settings, batches_of, training_sample
+from mobilellm_jax.data.tokenizer import Tokenizer, train_tokenizer
+from mobilellm_jax.errors import UserError
+
+_EPILOG = """\
+example: a tokenizer trained on the text itself, one file in twenty held out
+
+  %(prog)s --input stories/ --valid_fraction 0.05 --vocab_size 4096 \\
+      --sequence_length 512 --output data/stories
+
+example: an existing tokenizer, JSON lines that say themselves what is held out
+
+  %(prog)s --input web.jsonl.zst books.parquet --split_field split \\
+      --tokenizer tokenizer.model --output data/web
+"""
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    *,
+    valid_inputs: Sequence[str | Path] = (),
+    tokenizer: str | Path | None = None,
+    vocab_size: int | None = None,
+    sequence_length: int = 2048,
+    field: str = "text",
+    split_field: str | None = None,
+    valid_fraction: float = 0.0,
+    bos: bool = True,
+    eos: bool = True,
+    num_workers: int | None = None,
+    records_per_shard: int | None = None,
+    progress: bool = True,
+) -> DatasetHeader:
+    """Turns documents into a dataset folder of packed records (format: ``records.py``).
+
+    Every document is BOS, its tokens, EOS: the model learns to start from BOS alone and to stop by
+    itself, and at a boundary inside a record it sees that the context before no longer counts.
+
+    What is held out as the 'valid' split is decided by one of: ``valid_inputs`` (whole files),
+    ``split_field`` (each line says it), or ``valid_fraction``. The last one draws documents by a
+    hash of their content, so copies of a document land on the same side; of a plain-text file of
+    more than 1 MB, or of one that is the only input, it takes the end instead, as such a file is a
+    single document. Lines with official MobileLLM ``token_ids`` become one record each.
+
+    The result depends on the inputs and the settings alone, not on ``num_workers`` (default: all
+    cores). It is written to ``OUTPUT.partial`` and renamed when complete. If ``output`` is already
+    there from the same inputs and settings, its shards are verified and nothing is written.
+
+    Raises:
+      UserError: bad inputs or settings, a full disk, another dataset in ``output``, a dead worker.
+    """
+    assert not isinstance(inputs, str) and not isinstance(valid_inputs, str), "pass lists"
+    output = Path(output)
+    if (tokenizer is None) == (vocab_size is None):
+        raise UserError("pass either --tokenizer FILE or --vocab_size N, which trains one")
+    if sequence_length < 2:
+        raise UserError(f"--sequence_length {sequence_length} is too short; 2048 is usual")
+    if not 0 <= valid_fraction < 1:
+        raise UserError(f"--valid_fraction {valid_fraction} must be at least 0 and less than 1")
+    if bool(valid_inputs) + (split_field is not None) + (valid_fraction > 0) > 1:
+        raise UserError("use only one of --valid_input, --split_field and --valid_fraction")
+    loaded = None if tokenizer is None else Tokenizer.load(tokenizer)
+    sources = find_sources([*inputs, *valid_inputs])
+    num_valid = len(find_sources(valid_inputs))
+    if not sources:
+        raise UserError("no input; name files, directories or patterns by --input")
+    settings = Settings(
+        sequence_length,
+        loaded and loaded.sha256,
+        vocab_size,
+        field,
+        split_field,
+        valid_fraction,
+        num_valid,
+        bos,
+        eos,
+        records_per_shard,
+    )
+    if (output / HEADER_FILE).exists():
+        return _finished(output, settings, sources, progress)
+    with folder_in_the_making(output) as partial:
+        if loaded is None:
+            sample = training_sample(find_sources(inputs or valid_inputs), field, split_field)
+            loaded = train_tokenizer(sample, vocab_size, partial / TOKENIZER_FILE)
+        else:
+            (partial / TOKENIZER_FILE).write_bytes(loaded.model_bytes)
+        header = _write(partial, settings, sources, loaded, num_workers, progress)
+        header.save(partial)
+    return header
+
+
+def _write(
+    partial: Path,
+    settings: Settings,
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    num_workers: int | None,
+    progress: bool,
+) -> DatasetHeader:
+    """Encodes, packs and writes everything but the header."""
+    for mark in ("bos", "eos"):
+        if getattr(settings, mark) and getattr(tokenizer, f"{mark}_id") is None:
+            raise UserError(f"the tokenizer has no {mark.upper()}; pass --no-{mark}")
+    writers = {
+        split: SplitWriter(
+            partial,
+            split,
+            sequence_length=settings.sequence_length,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer_sha256=tokenizer.sha256,
+            records_per_shard=settings.records_per_shard,
+        )
+        for split in SPLITS
+    }
+    with _ProgressBar(sources, enabled=progress) as bar:
+        encoded = encode_in_order(
+            batches_of(sources, settings, tokenizer),
+            tokenizer,
+            bos=settings.bos,
+            eos=settings.eos,
+            num_workers=_useful_workers(sources, num_workers),
+        )
+        with contextlib.closing(encoded):
+            for document, tokens, num_bytes in encoded:
+                writer = writers[document.split]
+                if document.token_ids is None:
+                    writer.add(tokens, num_bytes, document.first)
+                else:
+                    is_start = (tokens == tokenizer.bos_id) | (np.arange(len(tokens)) == 0)
+                    writer.add_record(tokens, np.flatnonzero(is_start), num_bytes)
+                bar.update(len(tokens))
+    splits = {name: writer.close() for name, writer in writers.items()}
+    splits = {name: split for name, split in splits.items() if split.num_records}
+    _check_splits(splits, settings, len(sources))
+    return DatasetHeader(
+        sequence_length=settings.sequence_length,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_sha256=tokenizer.sha256,
+        bos=settings.bos,
+        eos=settings.eos,
+        splits=splits,
+        sources=tuple(
+            SourceFile(source.path, source.bytes_read, source.sha256) for source in sources
+        ),
+        settings=dataclasses.asdict(settings),
+        created_by=f"mobilellm_jax {__version__}",
+    )
+
+
+def _check_splits(splits: dict[str, Any], settings: Settings, num_sources: int) -> None:
+    if not splits:
+        raise UserError("the input holds no text: not one token to predict; look at the files")
+    train_files = num_sources > settings.num_valid_inputs
+    if "train" not in splits and train_files and settings.split_field is None:
+        raise UserError(
+            f"--valid_fraction {settings.valid_fraction} left no text to train on; use a smaller "
+            "one"
+        )
+    if "valid" not in splits and settings.valid_fraction > 0:
+        raise UserError(
+            f"--valid_fraction {settings.valid_fraction} held out no text, as the documents are "
+            "few or a file has few lines; use a larger one, or --valid_input FILES"
+        )
+
+
+def _useful_workers(sources: list[Source], num_workers: int | None) -> int:
+    """No more than there are batches: starting a process costs more than a batch."""
+    if num_workers is not None and num_workers < 1:
+        raise UserError(f"--workers {num_workers} must be at least 1")
+    wanted = num_workers or os.cpu_count() or 1
+    if any(source.size is None for source in sources):
+        return wanted
+    # Compressed text is about four times as long.
+    num_bytes = sum(source.size * (4 if source.compression else 1) for source in sources)
+    return max(1, min(wanted, num_bytes // BLOCK_BYTES))
+
+
+class _ProgressBar:
+    """Bytes of the inputs read so far, with tokens per second, on standard error."""
+
+    def __init__(self, sources: list[Source], enabled: bool):
+        sizes = [source.size for source in sources]
+        self._sources = sources
+        self._bar = tqdm.tqdm(
+            desc="prepare",
+            total=None if None in sizes else sum(sizes),
+            unit="B",
+            unit_scale=True,
+            disable=not enabled,
+            dynamic_ncols=True,
+        )
+        self._num_tokens = 0
+        self._start = self._shown = time.monotonic()
+
+    def __enter__(self) -> "_ProgressBar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            self._show(time.monotonic())
+        self._bar.close()
+
+    def update(self, num_tokens: int) -> None:
+        self._num_tokens += num_tokens
+        now = time.monotonic()
+        if now - self._shown >= 0.2:
+            self._show(now)
+
+    def _show(self, now: float) -> None:
+        self._shown = now
+        rate = tqdm.tqdm.format_sizeof(self._num_tokens / max(now - self._start, 1e-9))
+        self._bar.set_postfix_str(f"{rate} tokens/s", refresh=False)
+        self._bar.update(sum(source.bytes_read for source in self._sources) - self._bar.n)
+
+
+def _finished(
+    output: Path, settings: Settings, sources: list[Source], progress: bool
+) -> DatasetHeader:
+    """The dataset that is already there, if it is what was asked for and undamaged."""
+    try:
+        header = DatasetHeader.load(output)
+        header.verify_shards(output)
+    except UserError as error:
+        raise UserError(f"{error} (remove {output} first)") from error
+    mend = f"; name another --output, or remove {output}"
+    for name, value in dataclasses.asdict(settings).items():
+        if header.settings.get(name) != value:
+            raise UserError(
+                f"{output}: already made with {name} {header.settings.get(name)!r}, now asked for "
+                f"{value!r}{mend}"
+            )
+    before = [file.path if file.path.startswith("hf:") else file.sha256 for file in header.sources]
+    for source, known in zip(sources, before, strict=False):
+        if known != (source.path if source.kind == "hf" else _file_sha256(source.path)):
+            raise UserError(f"{output}: already made, but {source.path} was different{mend}")
+    if len(sources) != len(before):
+        raise UserError(
+            f"{output}: already made from {len(before)} inputs, now {len(sources)}{mend}"
+        )
+    if progress:
+        print(f"{output}: already prepared from these inputs; verified, nothing to do")
+    return header
+
+
+def _file_sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Command line -----------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the ``prepare`` command."""
+    parser.description = "Turns text into a dataset of packed token records for training."
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="FILES",
+        help="text, JSON lines or Parquet files (also .gz .bz2 .xz .zst), directories, patterns, "
+        "or hf:NAME[:CONFIG[:SPLIT]]",
+    )
+    add("--output", required=True, metavar="DIR", help="folder of the dataset")
+    add("--tokenizer", metavar="FILE", help="SentencePiece tokenizer.model")
+    add("--vocab_size", type=int, metavar="N", help="train a tokenizer of N pieces on the input")
+    add("--sequence_length", type=int, default=2048, metavar="N", help="default: %(default)s")
+    add("--field", default="text", help="key of the text in JSON lines (default: %(default)s)")
+    add("--split_field", metavar="FIELD", help="key that says train or valid")
+    add(
+        "--valid_fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="hold out this fraction of the documents (of a single text file: its end)",
+    )
+    add("--valid_input", nargs="+", default=[], metavar="FILES", help="files to hold out")
+    boolean = argparse.BooleanOptionalAction
+    add("--bos", action=boolean, default=True, help="BOS before each document")
+    add("--eos", action=boolean, default=True, help="EOS after each document")
+    add("--workers", type=int, metavar="N", help="processes (default: all cores)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs ``prepare`` and prints what came out; returns the exit code."""
+    start = time.monotonic()
+    header = prepare(
+        args.input,
+        args.output,
+        valid_inputs=args.valid_input,
+        tokenizer=args.tokenizer,
+        vocab_size=args.vocab_size,
+        sequence_length=args.sequence_length,
+        field=args.field,
+        split_field=args.split_field,
+        valid_fraction=args.valid_fraction,
+        bos=args.bos,
+        eos=args.eos,
+        num_workers=args.workers,
+    )
+    print(f"{args.output}: {len(header.sources)} inputs, {time.monotonic() - start:.1f} s")
+    for name, split in header.splits.items():
+        print(
+            f"  {name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens, "
+            f"{split.num_records:,} records of {header.sequence_length}, "
+            f"{split.num_bytes / split.num_tokens:.2f} bytes per token"
+        )
+    return 0

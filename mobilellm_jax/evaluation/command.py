@@ -1,0 +1,82 @@
+"""`mobilellm evaluate`."""
+
+import argparse
+import json
+
+from mobilellm_jax.errors import UserError
+
+_EPILOG = """\
+examples:
+  mobilellm evaluate --checkpoint runs/125m --data data/corpus
+  mobilellm evaluate --checkpoint runs/125m --text wiki.test.raw --protocol official
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `evaluate`."""
+    parser.epilog = _EPILOG
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a run's workdir, one of its steps, or a Hugging Face folder",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", metavar="DIR", help="a folder made by `mobilellm prepare`")
+    what.add_argument("--text", metavar="FILE", help="a text file, such as WikiText-2's test set")
+    add("--split", default="valid", help="of --data (default: %(default)s)")
+    add(
+        "--protocol",
+        choices=["official"],
+        default="official",
+        help="of --text: chunks of 2048 tokens as in the official MobileLLM eval.py",
+    )
+    add("--batch_size", type=int, default=8, metavar="N", help="sequences (default: %(default)s)")
+    add("--max_records", type=int, metavar="N", help="only the first N records of the split")
+    add("--tokenizer", metavar="FILE", help="for a folder without tokenizer.model")
+    add("--output", metavar="FILE", help="also write the figures as JSON")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prints the figures."""
+    from mobilellm_jax.evaluation import perplexity
+    from mobilellm_jax.loading import load_text_model
+    from mobilellm_jax.model.transformer import Execution
+    from mobilellm_jax.training.hardware import compute_dtype
+
+    model = load_text_model(args.checkpoint, args.tokenizer)
+    execution = Execution(dtype=compute_dtype("auto"))
+    if args.text:
+        what = f"{args.text}, official protocol"
+        result = perplexity.official_perplexity(
+            model,
+            perplexity.official_text(args.text),
+            execution=execution,
+            progress=True,
+        )
+    else:
+        what = f"{args.data}, {args.split} split"
+        result = perplexity.dataset_perplexity(
+            model,
+            args.data,
+            args.split,
+            batch_size=args.batch_size,
+            max_records=args.max_records,
+            execution=execution,
+        )
+    figures = {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "num_tokens": result.num_tokens,
+    }
+    print(f"{args.checkpoint} on {what}:")
+    for name, value in figures.items():
+        print(f"  {name:<14}{value:,}" if isinstance(value, int) else f"  {name:<14}{value:.4f}")
+    if args.output:
+        try:
+            with open(args.output, "w", encoding="utf-8") as file:
+                json.dump({"checkpoint": args.checkpoint, "on": what, **figures}, file, indent=2)
+        except OSError as error:
+            raise UserError(f"{args.output}: cannot be written ({error.strerror})") from error

@@ -1,0 +1,169 @@
+"""Loss, perplexity and bits per byte, on a prepared split and by the official protocol."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from mobilellm_jax.data.loader import eval_batches, open_split
+from mobilellm_jax.data.records import DatasetHeader
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.loading import TextModel
+from mobilellm_jax.model.transformer import Execution
+from mobilellm_jax.training.step import make_eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """A measured loss.
+
+    Attributes:
+      loss: mean negative log-likelihood in nats per predicted token.
+      num_tokens: predicted tokens.
+      bits_per_byte: bits per UTF-8 byte of the text; independent of the tokenizer.
+    """
+
+    loss: float
+    num_tokens: int
+    bits_per_byte: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+    def metrics(self) -> dict[str, float]:
+        """Under the names of the training log."""
+        return {
+            "eval/loss": self.loss,
+            "eval/perplexity": self.perplexity,
+            "eval/bits_per_byte": self.bits_per_byte,
+        }
+
+
+def split_perplexity(
+    eval_step: Callable, params: dict, batches: Iterable[dict], header: DatasetHeader, split: str
+) -> Perplexity:
+    """Runs `eval_step(params, batch)` over `batches` and sums up.
+
+    Every token of the split but the first is predicted once. The bytes are those of the whole
+    split, in proportion to the tokens when only part of it is evaluated.
+
+    Args:
+      eval_step: from `training.step.make_eval_step`, jitted.
+      batches: device batches of the split.
+    """
+    total, num_tokens = 0.0, 0.0
+    for batch in batches:
+        batch_total, batch_tokens = jax.device_get(eval_step(params, batch))
+        total, num_tokens = total + float(batch_total), num_tokens + float(batch_tokens)
+    loss = total / num_tokens
+    info = header.splits[split]
+    bytes_per_token = info.num_bytes / info.num_tokens if info.num_bytes else math.nan
+    return Perplexity(loss, int(num_tokens), loss / math.log(2) / bytes_per_token)
+
+
+def dataset_perplexity(
+    model: TextModel,
+    directory: str | Path,
+    split: str,
+    *,
+    batch_size: int,
+    max_records: int | None,
+    execution: Execution,
+) -> Perplexity:
+    """Loss on the first `max_records` records (None: all) of a prepared split.
+
+    Raises:
+      UserError: no such split, or a dataset that was made with another tokenizer.
+    """
+    header = DatasetHeader.load(directory)
+    if header.tokenizer_sha256 != model.tokenizer.sha256:
+        raise UserError(
+            f"{directory} was prepared with another tokenizer than the checkpoint's: prepare the "
+            "text again with the tokenizer.model of the checkpoint"
+        )
+    num_records = len(open_split(directory, split))
+    if max_records is not None:
+        num_records = min(max_records, num_records)
+    batches = eval_batches(directory, split, batch_size=batch_size, max_records=max_records)
+    eval_step = make_eval_step(
+        model.config, execution, mask_documents=model.mask_documents
+    )
+    shown = tqdm(batches, total=math.ceil(num_records / batch_size), unit="batch")
+    return split_perplexity(jax.jit(eval_step), model.params, shown, header, split)
+
+
+OFFICIAL_CHUNK = 2048
+
+
+def official_text(path: str | Path) -> str:
+    """The text of a file as the official script sees it.
+
+    The script takes the rows of the Hugging Face dataset `wikitext-2-raw-v1`, where a row is a line
+    with its line end, or empty for a blank line, and joins them with a blank line.
+
+    Raises:
+      UserError: the file is missing, empty or not UTF-8 text.
+    """
+    try:
+        raw = Path(path).read_bytes()
+        text = raw.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); decompress it?") from error
+    if not text.strip():
+        raise UserError(f"{path}: holds no text")
+    lines = text.split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    return "\n\n".join(line + "\n" if line.strip() else "" for line in lines)
+
+
+def official_perplexity(
+    model: TextModel,
+    text: str,
+    *,
+    execution: Execution,
+    chunk: int = OFFICIAL_CHUNK,
+    progress: bool = False,
+) -> Perplexity:
+    """Perplexity under the protocol of the official `eval.py` (facebookresearch/MobileLLM).
+
+    The text is tokenised whole with one BOS in front, cut into chunks of `chunk` tokens of which
+    the last partial one is dropped, and each chunk predicts its own tokens but the first; the
+    result is the exponential of the mean over chunks of their mean losses. Not comparable with
+    sliding-window figures. `bits_per_byte` refers to the bytes of the predicted tokens.
+
+    Raises:
+      UserError: fewer tokens than one chunk.
+    """
+    ids = np.array(model.tokenizer.encode(text, bos=True), np.int32)
+    num_chunks = len(ids) // chunk
+    if num_chunks == 0:
+        raise UserError(
+            f"the text has {len(ids)} tokens, the official protocol needs at least {chunk}"
+        )
+    eval_step = jax.jit(make_eval_step(model.config, execution))
+    losses = []
+    for row in tqdm(
+        ids[: num_chunks * chunk].reshape(num_chunks, chunk), unit="chunk", disable=not progress
+    ):
+        batch = {
+            "inputs": jnp.asarray(row[None, :-1]),
+            "targets": jnp.asarray(row[None, 1:]),
+            "segment_ids": jnp.ones((1, chunk - 1), jnp.int32),
+            "loss_weights": jnp.ones((1, chunk - 1), jnp.float32),
+        }
+        total, count = eval_step(model.params, batch)
+        losses.append(float(total) / float(count))
+    loss = float(np.mean(losses))
+    num_predicted = num_chunks * (chunk - 1)
+    num_bytes = len(text.encode()) * num_predicted / len(ids)
+    return Perplexity(loss, num_predicted, loss * num_predicted / math.log(2) / num_bytes)

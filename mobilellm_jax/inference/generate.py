@@ -1,0 +1,193 @@
+"""Generation: prefill the prompts at once, then decode one token of every row at a time."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.inference.sampling import Sampling, sample
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.transformer import Execution, MobileLLM
+
+# Prompt and cache lengths are rounded up to multiples of this: one compilation serves many.
+_LENGTH_BUCKET = 64
+
+
+def generate_tokens(
+    config: ModelConfig,
+    params: dict,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    seed: int = 0,
+    stop_ids: frozenset[int] = frozenset(),
+    execution: Execution | None = None,
+) -> Iterator[np.ndarray]:
+    """Continues each prompt; yields the next token of every row as soon as it is known.
+
+    Row i of a batch gives what it would give alone with the same seed and the same row number,
+    whatever the lengths of the other prompts. Generation ends when every row has stopped, after
+    `max_tokens` tokens, or when the longest row fills the context of the model.
+
+    Args:
+      prompts: token ids of B prompts, of any lengths from 1 on.
+      stop_ids: tokens that end a row; the stopping token itself is yielded.
+
+    Yields:
+      int32 `[B]`; -1 for rows that have stopped.
+
+    Raises:
+      UserError: an empty prompt, ids outside the vocabulary, or a prompt that leaves no room in
+        the context.
+    """
+    lengths = _check_prompts(config, prompts)
+    max_tokens = min(max_tokens, config.max_seq_len - max(lengths))
+    padded = _round_up(max(lengths))
+    tokens = np.zeros((len(prompts), padded), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    model = MobileLLM(config, execution or Execution())
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(
+        jax.random.key(seed), jnp.arange(len(prompts))
+    )
+    hidden, cache = _prefill(
+        model, params, tokens, np.array(lengths, np.int32), _round_up(max(lengths) + max_tokens)
+    )
+    next_B = _first_token(model, params, hidden, row_keys, sampling)
+    running = np.ones(len(prompts), bool)
+    for number in range(1, max_tokens + 1):
+        chosen = np.asarray(next_B)
+        yield np.where(running, chosen, -1)
+        running &= ~np.isin(chosen, list(stop_ids))
+        if not running.any() or number == max_tokens:
+            return
+        next_B, cache = _decode_token(model, params, cache, next_B, row_keys, number, sampling)
+
+
+def generate(
+    config: ModelConfig,
+    params: dict,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    seed: int = 0,
+    bos: bool = True,
+    on_text: Callable[[int, str], None] = lambda row, text: None,
+) -> list[str]:
+    """Continues texts; returns the continuations, without the prompts.
+
+    Args:
+      bos: put BOS before each prompt, as before each document in training.
+      on_text: called with (row, new piece of text) as the text comes.
+
+    Raises:
+      UserError: see `generate_tokens`; or a tokenizer with more ids than the model.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, the model knows "
+            f"{config.vocab_size}: use the tokenizer that it was trained with"
+        )
+    bos = bos and tokenizer.bos_id is not None
+    ids = [tokenizer.encode(prompt, bos=bos) for prompt in prompts]
+    rows = [_RowText(tokenizer, prompt_ids) for prompt_ids in ids]
+    eos_id = tokenizer.eos_id
+    for tokens in generate_tokens(
+        config,
+        params,
+        ids,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        seed=seed,
+        stop_ids=frozenset() if eos_id is None else frozenset({eos_id}),
+    ):
+        for row, token in enumerate(tokens.tolist()):
+            if token not in (-1, eos_id) and (piece := rows[row].add(token)):
+                on_text(row, piece)
+    for row, text in enumerate(rows):
+        if piece := text.finish():
+            on_text(row, piece)
+    return [row.text for row in rows]
+
+
+class _RowText:
+    """Text of a growing row of tokens, cut only where characters are complete."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]):
+        self._tokenizer = tokenizer
+        self._ids = list(prompt_ids)
+        self._prompt_length = len(tokenizer.decode(prompt_ids))
+        self.text = ""
+
+    def add(self, token: int) -> str:
+        self._ids.append(token)
+        text = self._decoded()
+        # A replacement character at the end may be the first bytes of one that is still coming.
+        return "" if text.endswith("\ufffd") else self._take(text)
+
+    def finish(self) -> str:
+        return self._take(self._decoded())
+
+    def _decoded(self) -> str:
+        known = [i for i in self._ids if i < self._tokenizer.vocab_size]
+        return self._tokenizer.decode(known)[self._prompt_length :]
+
+    def _take(self, text: str) -> str:
+        new, self.text = text[len(self.text) :], text
+        return new
+
+
+def _check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> list[int]:
+    if not prompts:
+        raise UserError("no prompt")
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompt {row + 1} is empty: give at least one token (BOS counts)")
+        if len(prompt) >= config.max_seq_len:
+            raise UserError(
+                f"prompt {row + 1} has {len(prompt)} tokens, the context of the model holds "
+                f"{config.max_seq_len}: shorten it to {config.max_seq_len - 1} or fewer"
+            )
+        if bad := [i for i in prompt if not 0 <= i < config.vocab_size]:
+            raise UserError(
+                f"prompt {row + 1} has token id {bad[0]}, the vocabulary has {config.vocab_size}"
+            )
+    return [len(prompt) for prompt in prompts]
+
+
+def _round_up(length: int) -> int:
+    return -(-length // _LENGTH_BUCKET) * _LENGTH_BUCKET
+
+
+@functools.partial(jax.jit, static_argnames=("model", "capacity"))
+def _prefill(model: MobileLLM, params, tokens_BT, lengths_B, capacity: int):
+    """Hidden state `[B, D]` of each prompt's last token, and the cache."""
+    hidden_BTD, cache = model.apply(
+        {"params": params}, tokens_BT, lengths_B, capacity, method="prefill"
+    )
+    last_B11 = (lengths_B - 1)[:, None, None]
+    return jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0], cache
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling"))
+def _first_token(model: MobileLLM, params, hidden_BD, row_keys_B, sampling: Sampling):
+    return _sample_from(model, params, hidden_BD, row_keys_B, 0, sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache")
+def _decode_token(model, params, cache, tokens_B, row_keys_B, number, sampling: Sampling):
+    hidden_BTD, cache = model.apply({"params": params}, tokens_B[:, None], cache, method="decode")
+    return _sample_from(model, params, hidden_BTD[:, 0], row_keys_B, number, sampling), cache
+
+
+def _sample_from(model, params, hidden_BD, row_keys_B, number, sampling: Sampling):
+    logits_BV = model.apply({"params": params}, hidden_BD, method="logits")
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, number)
+    return sample(logits_BV, keys_B, sampling)

@@ -1,0 +1,1 @@
+"""The architecture: its description (config), its layers and its key/value cache."""

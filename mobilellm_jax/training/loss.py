@@ -1,0 +1,108 @@
+"""Cross-entropy that never holds the logits of the whole batch.
+
+A vocabulary of 32,000 makes the fp32 logits of 64k tokens 8.4 GB, and the backward pass wants them
+again. Here they are computed a slice of the sequence at a time, and each slice's gradient is taken
+while its logits are at hand, so that nothing is computed twice.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Logits held at a time, in elements per sequence slice of the whole batch (256 MB in fp32).
+_MAX_LOGITS = 64 * 1024 * 1024
+
+
+def num_slices(batch_size: int, seq_len: int, vocab_size: int) -> int:
+    """The fewest equal slices of the sequence whose logits stay within the budget."""
+    for slices in range(1, seq_len + 1):
+        if seq_len % slices == 0 and batch_size * (seq_len // slices) * vocab_size <= _MAX_LOGITS:
+            return slices
+    return seq_len
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy_sum(
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    slices: int,
+) -> jax.Array:
+    """Sum over tokens of weight * -log p(target), in fp32 nats.
+
+    Args:
+      hidden_BTD: inputs of the head; their dtype is the dtype of the matrix products.
+      head_VD: output embedding, one row a token of the vocabulary.
+      targets_BT: int token ids.
+      weights_BT: fp32; 0 leaves a token out.
+      slices: number of parts, dividing T, in which the logits are computed.
+    """
+    total, _ = lax.scan(
+        lambda total, part: (total + _slice_loss(head_VD, *part)[0], None),
+        jnp.float32(0),
+        _sequence_slices(slices, hidden_BTD, targets_BT, weights_BT),
+    )
+    return total
+
+
+def _sequence_slices(slices, *arrays):
+    """Splits axis 1 (T) of each array and puts the slices first: `[slices, B, T / slices, ...]`."""
+
+    def split(x):
+        x = x.reshape(x.shape[0], slices, x.shape[1] // slices, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    return tuple(split(x) for x in arrays)
+
+
+def _slice_loss(head_VD, hidden_BCD, targets_BC, weights_BC):
+    with jax.named_scope("head"):
+        logits = jnp.einsum(
+            "BCD,VD->BCV",
+            hidden_BCD,
+            head_VD.astype(hidden_BCD.dtype),
+            preferred_element_type=jnp.float32,
+        )
+    normalizer_BC = jax.nn.logsumexp(logits, axis=-1)
+    of_target_BC = jnp.take_along_axis(logits, targets_BC[..., None], axis=-1)[..., 0]
+    return jnp.sum((normalizer_BC - of_target_BC) * weights_BC), logits, normalizer_BC
+
+
+def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, slices):
+    vocab = lax.iota(jnp.int32, head_VD.shape[0])
+
+    def one_slice(carry, part):
+        total, d_head_VD = carry
+        hidden, targets, weights = part
+        loss, logits, normalizer = _slice_loss(head_VD, hidden, targets, weights)
+        probabilities = jnp.exp(logits - normalizer[..., None])
+        is_target = targets[..., None] == vocab[None, None, :]
+        d_logits = ((probabilities - is_target) * weights[..., None]).astype(hidden.dtype)
+        d_hidden = jnp.einsum("BCV,VD->BCD", d_logits, head_VD.astype(hidden.dtype))
+        d_head_VD += jnp.einsum(
+            "BCV,BCD->VD", d_logits, hidden, preferred_element_type=jnp.float32
+        )
+        return (total + loss, d_head_VD), d_hidden
+
+    start = (jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32))
+    parts = _sequence_slices(slices, hidden_BTD, targets_BT, weights_BT)
+    (total, d_head_VD), d_hidden = lax.scan(one_slice, start, parts)
+    d_hidden_BTD = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden_BTD.shape)
+    return total, (d_hidden_BTD, d_head_VD.astype(head_VD.dtype))
+
+
+def _backward(slices, residuals, d_total):
+    d_hidden_BTD, d_head_VD = residuals
+    scale = d_total.astype(jnp.float32)
+    return (
+        (d_hidden_BTD * scale).astype(d_hidden_BTD.dtype),
+        (d_head_VD * scale).astype(d_head_VD.dtype),
+        None,
+        None,
+    )
+
+
+cross_entropy_sum.defvjp(_forward, _backward)

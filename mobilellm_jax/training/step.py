@@ -1,0 +1,130 @@
+"""One step of training and one of evaluation, as pure functions of state and batch."""
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.transformer import Execution, MobileLLM
+from mobilellm_jax.training.loss import cross_entropy_sum, num_slices
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What training carries from step to step.
+
+    Attributes:
+      step: int32 scalar, updates done.
+      params: fp32 master weights.
+      opt_state: of the optax optimizer, fp32.
+    """
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+
+
+def loss_sum(
+    params: dict,
+    batch: dict[str, jax.Array],
+    config: ModelConfig,
+    execution: Execution,
+    mask_documents: bool,
+) -> jax.Array:
+    """Sum of the weighted cross-entropy of a batch in nats; divide by the sum of its weights.
+
+    Args:
+      batch: "inputs", "targets", "segment_ids" (int32 `[B, T]`) and "loss_weights" (fp32).
+    """
+    model = MobileLLM(config, execution)
+    segment_ids = batch["segment_ids"] if mask_documents else None
+    hidden = model.apply(
+        {"params": params}, batch["inputs"], segment_ids, method="hidden_states"
+    )
+    head_VD = params["embedding"] if config.tie_embeddings else params["head"].T
+    with jax.named_scope("loss"):
+        return cross_entropy_sum(
+            hidden,
+            head_VD,
+            batch["targets"],
+            batch["loss_weights"],
+            num_slices(*batch["targets"].shape, config.vocab_size),
+        )
+
+
+def cast_for_compute(params: dict, dtype: str) -> dict:
+    """Matrices in the compute dtype, once per step; norms stay fp32, they are tiny."""
+    return jax.tree.map_with_path(
+        lambda path, p: p if path[-1].key == "scale" else p.astype(dtype), params
+    )
+
+
+def make_train_step(
+    config: ModelConfig,
+    execution: Execution,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    accumulation_steps: int = 1,
+    mask_documents: bool = False,
+):
+    """Builds `train_step(state, batch) -> (state, metrics)`, to be jitted by the caller.
+
+    The gradient is that of the mean over the whole batch's tokens, whatever the number of
+    accumulation steps. Metrics are fp32 scalars: loss, grad_norm (before clipping),
+    learning_rate.
+    """
+
+    def train_step(state: TrainState, batch: dict[str, jax.Array]):
+        weights = cast_for_compute(state.params, execution.dtype)
+        sum_and_grad = jax.value_and_grad(loss_sum)
+
+        def add_microbatch(total, microbatch):
+            new = sum_and_grad(weights, microbatch, config, execution, mask_documents)
+            return jax.tree.map(lambda t, n: t + n.astype(jnp.float32), total, new), None
+
+        if accumulation_steps == 1:
+            total = sum_and_grad(weights, batch, config, execution, mask_documents)
+        else:
+            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), weights)
+            microbatches = split_batch(batch, accumulation_steps)
+            total, _ = jax.lax.scan(add_microbatch, (jnp.float32(0), zeros), microbatches)
+        num_tokens = jnp.maximum(batch["loss_weights"].sum(), 1.0)
+        loss, grads = jax.tree.map(lambda x: x.astype(jnp.float32) / num_tokens, total)
+
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": schedule(state.step),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step
+
+
+def split_batch(batch: dict[str, jax.Array], parts: int) -> dict[str, jax.Array]:
+    """`[B, T]` arrays as `[parts, B / parts, T]`.
+
+    Row i goes to part i % parts: rows that lie on one device stay there, in equal numbers.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def make_eval_step(config: ModelConfig, execution: Execution, *, mask_documents: bool = False):
+    """Builds `eval_step(params, batch) -> (sum of losses in nats, sum of weights)`, fp32."""
+
+    def eval_step(params: dict, batch: dict[str, jax.Array]):
+        weights = cast_for_compute(params, execution.dtype)
+        total = loss_sum(weights, batch, config, execution, mask_documents)
+        return total, batch["loss_weights"].sum()
+
+    return eval_step
+
+
+def all_finite(params: dict) -> jax.Array:
+    """Whether no parameter is NaN or Inf."""
+    return jnp.stack([jnp.isfinite(p).all() for p in jax.tree.leaves(params)]).all()

@@ -1,0 +1,376 @@
+"""The training loop: from a run config and a workdir to a trained, checkpointed model."""
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mobilellm_jax.data.loader import eval_batches, train_batches
+from mobilellm_jax.data.records import DatasetHeader
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.evaluation.perplexity import split_perplexity
+from mobilellm_jax.model.config import count_params, train_flops_per_token
+from mobilellm_jax.model.transformer import Execution, init_params
+from mobilellm_jax.training import run_config
+from mobilellm_jax.training.checkpoints import Checkpoints, Restored
+from mobilellm_jax.training.checks import check_batch, check_dataset, parse_mixture
+from mobilellm_jax.training.hardware import compute_dtype, peak_flops
+from mobilellm_jax.training.metrics import MetricsLog
+from mobilellm_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from mobilellm_jax.training.sharding import (
+    batch_sharding,
+    make_mesh,
+    on_mesh,
+    opt_state_shardings,
+    params_shardings,
+    replicated,
+)
+from mobilellm_jax.training.step import TrainState, all_finite, make_eval_step, make_train_step
+
+# Steps that may be dispatched before their results are waited for: enough to hide Python, few
+# enough that a signal is answered soon and batches do not pile up on the device.
+_MAX_AHEAD = 2
+
+
+class Diverged(UserError):
+    """The loss, a gradient or a weight is NaN or Inf."""
+
+
+def train(config: ConfigDict, workdir: str | Path) -> None:
+    """Trains until `config.train.num_steps`, from the newest checkpoint in `workdir` if any.
+
+    Running it again after any interruption goes on bitwise as if there had been none. SIGTERM and
+    SIGINT save the current step and return.
+
+    Raises:
+      UserError: settings that contradict each other, the data or the workdir's checkpoints.
+      Diverged: NaN or Inf; nothing of it is saved.
+    """
+    workdir = Path(workdir)
+    run = _Run(config)
+    settings = config.checkpoint
+    with (
+        on_mesh(run.mesh),
+        Checkpoints(
+            workdir, keep_last=settings.keep_last, keep_every=settings.keep_every or None
+        ) as checkpoints,
+        _stop_signals() as stop,
+    ):
+        start_step, state = run.restore_or_init(checkpoints)
+        if start_step >= config.train.num_steps:
+            print(f"finished: {workdir} is at step {start_step:,} of {config.train.num_steps:,}")
+            return
+        run.announce(workdir, start_step)
+        with contextlib.closing(run.metrics_log(workdir, start_step)) as log:
+            step = run.loop(start_step, state, checkpoints, log, stop)
+    if step < config.train.num_steps:
+        print(f"stopped by a signal, step {step:,} is saved; run the same command to go on")
+    else:
+        print(f"finished: step {step:,}, checkpoint and loss curve (loss.png) in {workdir}")
+
+
+class _Run:
+    """What stays the same from the first step of a run to its last."""
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.model = run_config.model_config(config)
+        self.datasets = parse_mixture(config.data.path)
+        self.headers = [DatasetHeader.load(folder) for folder, _ in self.datasets]
+        for (folder, _), header in zip(self.datasets, self.headers, strict=True):
+            check_dataset(folder, header, self.model)
+        self.tokenizer_model = self.headers[0].tokenizer(self.datasets[0][0]).model_bytes
+        execution = config.execution.to_dict()
+        self.execution = Execution(**execution | {"dtype": compute_dtype(execution["dtype"])})
+        self.mesh = make_mesh(config.mesh)
+        check_batch(config.train, self.mesh)
+
+        self.seq_len = self.headers[0].sequence_length
+        self.tokens_per_step = config.train.global_batch_size * self.seq_len
+        self.flops_per_token = train_flops_per_token(self.model, self.seq_len).causal
+        device = self.mesh.devices.flat[0]
+        self.peak = peak_flops(device, self.execution.dtype)
+
+        schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
+        self.optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+        self.shardings = TrainState(
+            step=replicated(self.mesh),
+            params=params_shardings(self.model, self.mesh),
+            opt_state=opt_state_shardings(self.optimizer, self.model, self.mesh),
+        )
+        self.batch_sharding = batch_sharding(self.mesh)
+        train_step = make_train_step(
+            self.model,
+            self.execution,
+            self.optimizer,
+            schedule,
+            accumulation_steps=config.train.accumulation_steps,
+            mask_documents=config.data.mask_documents,
+        )
+        self.train_step = jax.jit(
+            train_step,
+            in_shardings=(self.shardings, self.batch_sharding),
+            out_shardings=(self.shardings, replicated(self.mesh)),
+            donate_argnums=0,
+        )
+        eval_step = make_eval_step(
+            self.model, self.execution, mask_documents=config.data.mask_documents
+        )
+        self.eval_step = jax.jit(
+            eval_step, in_shardings=(self.shardings.params, self.batch_sharding)
+        )
+        self.all_finite = jax.jit(all_finite)
+
+    def restore_or_init(self, checkpoints: Checkpoints) -> tuple[int, TrainState]:
+        """The state of the newest valid checkpoint, or a fresh one made on its shardings."""
+        abstract = jax.eval_shape(self.init_state)
+        like = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            abstract,
+            self.shardings,
+        )
+        restored = checkpoints.restore(
+            config=self.model, params_like=like.params, opt_state_like=like.opt_state
+        )
+        if restored is None:
+            return 0, jax.jit(self.init_state, out_shardings=self.shardings)()
+        self.check_continues(checkpoints, restored)
+        opt_state = restored.opt_state
+        if opt_state is None:
+            opt_state = jax.jit(self.optimizer.init, out_shardings=self.shardings.opt_state)(
+                restored.params
+            )
+        step = jax.device_put(np.int32(restored.step), self.shardings.step)
+        print(f"resuming from step {restored.step:,} in {checkpoints.directory}")
+        return restored.step, TrainState(step, restored.params, opt_state)
+
+    def init_state(self) -> TrainState:
+        """A fresh state; the same weights on every mesh."""
+        params = init_params(self.model, jax.random.key(self.config.seed))
+        return TrainState(jax.numpy.int32(0), params, self.optimizer.init(params))
+
+    def check_continues(self, checkpoints: Checkpoints, restored: Restored) -> None:
+        """Refuses a workdir whose order of samples this run would not go on with."""
+        tokenizer_model = restored.tokenizer_model
+        if tokenizer_model is not None and tokenizer_model != self.tokenizer_model:
+            raise UserError(
+                f"{checkpoints.directory} was trained with another tokenizer than that of "
+                f"{self.datasets[0][0]}: prepare the data with its tokenizer.model, or use another "
+                "workdir"
+            )
+        saved = restored.metadata.get("sample_order")
+        now = self.sample_order()
+        if saved is not None and saved != now:
+            different = [f"{key} was {saved.get(key)}, is {now[key]}" for key in now
+                         if saved.get(key) != now[key]]
+            raise UserError(
+                f"{checkpoints.directory}: the order of samples would change: "
+                f"{'; '.join(different)}. Restore these settings, or use another workdir"
+            )
+
+    def sample_order(self) -> dict:
+        """All that decides which record stands at which position."""
+        shards = [
+            [shard.sha256 for shard in header.splits["train"].shards] for header in self.headers
+        ]
+        return {
+            "data": hashlib.sha256(json.dumps(shards).encode()).hexdigest(),
+            "weights": [weight for _, weight in self.datasets],
+            "seed": self.config.seed,
+            "global_batch_size": self.config.train.global_batch_size,
+        }
+
+    def metadata(self, step: int) -> dict:
+        """What a checkpoint says of the run, beside its arrays."""
+        return {
+            "model": self.model.to_dict(),
+            "position": step * self.config.train.global_batch_size,
+            "bos": self.headers[0].bos,
+            "sample_order": self.sample_order(),
+            "run": json.loads(self.config.to_json_best_effort()),
+        }
+
+    def metrics_log(self, workdir: Path, start_step: int) -> MetricsLog:
+        """The log of this run, what was logged after `start_step` dropped."""
+        num_records = sum(header.splits["train"].num_records for header in self.headers)
+        return MetricsLog(
+            workdir,
+            resume_step=start_step,
+            total_steps=self.config.train.num_steps,
+            tokens_per_step=self.tokens_per_step,
+            flops_per_token=self.flops_per_token,
+            peak_flops_total=self.peak.value * self.mesh.size,
+            tokens_per_epoch=num_records * self.seq_len,
+            enabled=jax.process_index() == 0,
+        )
+
+    def announce(self, workdir: Path, start_step: int) -> None:
+        """Prints and saves the resolved config, and says what is about to run."""
+        if jax.process_index() != 0:
+            return
+        text = self.config.to_json_best_effort(indent=2)
+        workdir.mkdir(parents=True, exist_ok=True)
+        part = workdir / "config.json.part"
+        part.write_text(text + "\n")
+        os.replace(part, workdir / "config.json")
+        total = self.config.train.num_steps * self.tokens_per_step
+        data = sum(header.splits["train"].num_tokens for header in self.headers)
+        axes = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+        device = self.mesh.devices.flat[0].device_kind
+        print(self.config)
+        print(
+            f"model    {count_params(self.model):,} parameters, {self.model.num_layers} stored "
+            f"blocks run as {self.model.depth}, {self.flops_per_token / 1e9:.3f} GFLOP per token\n"
+            f"data     {data:,} tokens in {len(self.headers)} dataset(s), {self.seq_len} per "
+            f"sequence; the run takes {total:,} ({total / data:.2f} epochs)\n"
+            f"batch    {self.tokens_per_step:,} tokens per step, "
+            f"{self.config.train.num_steps:,} steps, from step {start_step:,}\n"
+            f"devices  {self.mesh.size} x {device} (mesh: {axes}), {self.execution.dtype}, peak "
+            f"{self.peak.value / 1e12:.3g} TFLOP/s each, {self.peak.source}",
+            flush=True,
+        )
+
+    def loop(
+        self,
+        start_step: int,
+        state: TrainState,
+        checkpoints: Checkpoints,
+        log: MetricsLog,
+        stop: threading.Event,
+    ) -> int:
+        """Steps from `start_step` to the end or to a signal; returns the last step done."""
+        config, num_steps = self.config, self.config.train.num_steps
+        step, pending = start_step, {}
+        for batch in self.training_batches(start_step):
+            if step == start_step:
+                compiled = self.compile(state, batch)
+                log.start_clock(step)
+            state, pending[step + 1] = compiled(state, batch)
+            step += 1
+            if (behind := step - _MAX_AHEAD) in pending:
+                jax.block_until_ready(pending[behind])
+            last = step == num_steps or stop.is_set()
+            save = last or step % config.checkpoint.every_steps == 0
+            evaluate = config.eval.every_steps and (
+                step == num_steps or step % config.eval.every_steps == 0
+            )
+            if last or save or evaluate or step % config.log.every_steps == 0:
+                values = finite_metrics(pending)
+                pending = {}
+                if last or step % config.log.every_steps == 0:
+                    log.log_train(step, {f"train/{k}": v for k, v in values.items()})
+            with log.paused():
+                if evaluate:
+                    self.evaluate(step, state, log)
+                if save:
+                    if not self.all_finite(state.params):
+                        raise Diverged(f"step {step:,}: a weight is NaN or Inf; {_DIVERGED_MEND}")
+                    checkpoints.save(
+                        step,
+                        params=state.params,
+                        opt_state=state.opt_state,
+                        metadata=self.metadata(step),
+                        tokenizer_model=self.tokenizer_model,
+                    )
+            if last:
+                break
+        return step
+
+    def training_batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
+        """Global batches on the devices, from `start_step` to the end of the run."""
+        batches = train_batches(
+            self.datasets,
+            seed=self.config.seed,
+            global_batch_size=self.config.train.global_batch_size,
+            sequence_length=self.seq_len,
+            start_step=start_step,
+            num_steps=self.config.train.num_steps,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return map(self.on_device, batches)
+
+    def on_device(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's rows as part of the global batch."""
+        return {
+            name: jax.make_array_from_process_local_data(self.batch_sharding, rows)
+            for name, rows in batch.items()
+        }
+
+    def compile(self, state: TrainState, batch: dict[str, jax.Array]) -> Callable:
+        """The compiled training step; says how long it took."""
+        start = time.monotonic()
+        compiled = self.train_step.lower(state, batch).compile()
+        if jax.process_index() == 0:
+            print(f"compiled the training step in {time.monotonic() - start:.1f} s", flush=True)
+        return compiled
+
+    def evaluate(self, step: int, state: TrainState, log: MetricsLog) -> None:
+        """Logs the loss on the first records of the (first dataset's) validation split."""
+        if "valid" not in self.headers[0].splits:
+            return
+        batches = eval_batches(
+            self.datasets[0][0],
+            "valid",
+            batch_size=self.config.train.global_batch_size
+            // self.config.train.accumulation_steps,
+            max_records=self.config.eval.num_records,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        result = split_perplexity(
+            self.eval_step, state.params, map(self.on_device, batches), self.headers[0], "valid"
+        )
+        log.log_eval(step, result.metrics())
+
+
+_DIVERGED_MEND = (
+    "the run stops and keeps its older checkpoints: lower config.optimizer.peak_lr or lengthen "
+    "config.optimizer.warmup_steps"
+)
+
+
+def finite_metrics(pending: dict[int, dict[str, jax.Array]]) -> dict[str, float]:
+    """Waits for the metrics of the pending steps and returns those of the last one.
+
+    Raises:
+      Diverged: a value of any of the steps is NaN or Inf.
+    """
+    for step, metrics in pending.items():
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if bad := {name: value for name, value in values.items() if not np.isfinite(value)}:
+            shown = ", ".join(f"{name} = {value}" for name, value in bad.items())
+            raise Diverged(f"step {step:,}: {shown}; {_DIVERGED_MEND}")
+    return values
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that the first SIGTERM or SIGINT sets; a second one acts as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {}
+
+    def request(number, _):
+        print(f"{signal.Signals(number).name}: saving the current step ...", flush=True)
+        stop.set()
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

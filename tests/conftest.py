@@ -1,0 +1,15 @@
+"""All tests see eight CPU devices and strict array shapes."""
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def devices():
+    """The eight CPU devices."""
+    assert jax.device_count() == 8
+    return jax.devices()

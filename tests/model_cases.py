@@ -1,0 +1,40 @@
+"""Small models of every kind that the tests share."""
+
+from mobilellm_jax.model.config import ModelConfig
+
+SHARING = [
+    ("none", 1, "own"),
+    ("immediate", 2, "own"),
+    ("immediate", 3, "first_visit"),
+    ("repeat_all", 2, "first_visit"),
+    ("repeat_all", 3, "own"),
+    ("reverse", 2, "own"),
+    ("reverse", 3, "first_visit"),
+]
+
+
+def tiny(sharing: str = "none", num_repeats: int = 1, shared_kv: str = "own", **changes):
+    """A model of 3 blocks, weights large enough that every part matters."""
+    values = {
+        "num_layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "embed_dim": 24,
+        "ffn_dim": 40,
+        "head_dim": 8,
+        "vocab_size": 53,
+        "max_seq_len": 64,
+        "init_std": 0.2,
+    }
+    return ModelConfig(
+        sharing=sharing, num_repeats=num_repeats, shared_kv=shared_kv, **values | changes
+    )
+
+
+ALL_KINDS = {
+    **{f"{order}-x{repeats}-{kv}": tiny(order, repeats, kv) for order, repeats, kv in SHARING},
+    "mha": tiny(num_kv_heads=4),
+    "mqa-shared": tiny("immediate", 2, num_kv_heads=1),
+    "untied": tiny(tie_embeddings=False),
+    "relu": tiny("repeat_all", 2, ffn="relu"),
+}

@@ -1,0 +1,147 @@
+"""Architecture configs: validation, orders, and counts against the paper's tables."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from model_cases import ALL_KINDS, tiny
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.config import (
+    ModelConfig,
+    count_params,
+    default_ffn_dim,
+    kv_cache_bytes_per_token,
+    train_flops_per_token,
+)
+from mobilellm_jax.model.presets import PRESETS
+from mobilellm_jax.model.transformer import abstract_params
+
+# Paper, tables 9 and 10: preset -> parameters, fp16 KV bytes per token.
+PUBLISHED = {
+    "125m": (124_635_456, 23_040),
+    "350m": (345_355_200, 40_960),
+    "600m": (603_188_352, 61_440),
+    "1b": (1_005_461_760, 69_120),
+    "1.5b": (1_511_188_800, 69_120),
+    "125m_ls": (124_635_456, 46_080),
+    "350m_ls": (345_355_200, 81_920),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_sizes(name):
+    assert (count_params(PRESETS[name]), kv_cache_bytes_per_token(PRESETS[name])) == PUBLISHED[name]
+
+
+def test_every_published_preset_exists():
+    assert set(PRESETS) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), *ALL_KINDS.values()])
+def test_counted_parameters_are_those_that_exist(config):
+    leaves = jax.tree.leaves(abstract_params(config))
+    assert sum(leaf.size for leaf in leaves) == count_params(config)
+
+
+# Paper, tables 4 and 9: (layers, heads, kv heads, width, ffn, tied) -> millions of parameters.
+@pytest.mark.parametrize(
+    ("shape", "ffn", "tied", "millions"),
+    [
+        ((12, 12, 12, 768), "relu", False, 134.1),
+        ((12, 12, 12, 768), "swiglu", False, 134.1),
+        ((30, 8, 8, 512), "swiglu", False, 135.0),
+        ((30, 8, 8, 512), "swiglu", True, 118.6),
+        ((15, 20, 20, 1280), "swiglu", False, 386.7),
+        ((32, 14, 14, 896), "swiglu", True, 351.6),
+    ],
+)
+def test_ablation_models_are_expressed_by_config_alone(shape, ffn, tied, millions):
+    layers, heads, kv_heads, width = shape
+    ffn_dim = 4 * width if ffn == "relu" else 0
+    config = ModelConfig(
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        embed_dim=width,
+        ffn=ffn,
+        ffn_dim=ffn_dim,
+        tie_embeddings=tied,
+    )
+    assert round(count_params(config) / 1e6, 1) == millions
+
+
+def test_ffn_width_rule_gives_the_released_widths():
+    widths = {576: 1536, 960: 2560, 1152: 3072, 1280: 3584, 1600: 4352}
+    assert {d: default_ffn_dim(d) for d in widths} == widths
+
+
+@pytest.mark.parametrize(
+    ("name", "gflop"), [("125m", 0.960), ("350m", 2.449), ("600m", 4.185), ("1b", 6.881)]
+)
+def test_flops_per_token_at_2048(name, gflop):
+    assert round(train_flops_per_token(PRESETS[name], 2048).causal / 1e9, 3) == gflop
+
+
+def test_flops_of_a_tiny_model_counted_by_hand():
+    c = ModelConfig(
+        num_layers=2, num_heads=2, num_kv_heads=1, embed_dim=8, ffn_dim=16, head_dim=4, vocab_size=10
+    )
+    # Per block: q and o 8*8 each, k and v 8*4 each, three matrices of 8*16; head 8*10.
+    weights = 2 * (64 + 64 + 32 + 32 + 3 * 128) + 80
+    flops = train_flops_per_token(c, seq_len=6)
+    assert flops.matmul == 6 * weights
+    assert flops.full - flops.matmul == 12 * 2 * 8 * 6
+    assert flops.causal - flops.matmul == 6 * 2 * 8 * 6
+    shared = dataclasses.replace(c, sharing="immediate", num_repeats=2)
+    assert train_flops_per_token(shared, 6).matmul == 6 * (2 * (weights - 80) + 80)
+    first = dataclasses.replace(shared, shared_kv="first_visit")
+    assert train_flops_per_token(first, 6).matmul == 6 * (2 * (weights - 80) + 80 - 2 * 64)
+
+
+def test_visit_orders_of_the_paper():
+    assert tiny().visit_order == (0, 1, 2)
+    assert tiny("immediate", 2).visit_order == (0, 0, 1, 1, 2, 2)
+    assert tiny("repeat_all", 3).visit_order == (0, 1, 2) * 3
+    assert tiny("reverse", 3).visit_order == (0, 1, 2, 2, 1, 0, 0, 1, 2)
+
+
+def test_first_visit_needs_one_cache_slot_per_block():
+    own, first = tiny("immediate", 3), tiny("immediate", 3, "first_visit")
+    assert kv_cache_bytes_per_token(own) == 3 * kv_cache_bytes_per_token(first)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_kv_heads": 3}, r"num_kv_heads = 3 does not divide .* 4: use one of \[1, 2, 4\]"),
+        ({"ffn": "gelu"}, "ffn = 'gelu': use one of swiglu, relu"),
+        ({"sharing": "imediate", "num_repeats": 2}, "sharing = 'imediate'"),
+        ({"sharing": "immediate"}, "with model.num_repeats = 1"),
+        ({"num_repeats": 2}, "sharing = 'none' with model.num_repeats = 2"),
+        ({"shared_kv": "first_visit"}, "needs layer sharing"),
+        ({"num_layers": 0}, "num_layers = 0: use a positive"),
+        ({"vocab_size": -5}, "vocab_size = -5"),
+        ({"norm_eps": float("nan")}, "norm_eps = nan"),
+        ({"head_dim": 7}, "head_dim = 7 is odd"),
+        ({"num_layers": 2.5}, "num_layers = 2.5 is of type float"),
+        ({"num_layers": True}, "num_layers = True is of type bool"),
+        ({"tie_embeddings": "yes"}, "tie_embeddings = 'yes' is of type str"),
+    ],
+)
+def test_bad_values_are_refused_with_field_value_and_mend(changes, message):
+    with pytest.raises(UserError, match=message):
+        tiny(**changes)
+
+
+@pytest.mark.parametrize("config", ALL_KINDS.values(), ids=ALL_KINDS)
+def test_config_survives_json(config):
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_unknown_and_missing_keys_are_named():
+    with pytest.raises(UserError, match="'num_layer'; did you mean 'num_layers'"):
+        ModelConfig.from_dict({"num_layer": 3})
+    with pytest.raises(UserError, match="lacks num_heads, num_kv_heads, embed_dim"):
+        ModelConfig.from_dict({"num_layers": 3})

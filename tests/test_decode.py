@@ -1,0 +1,75 @@
+"""Prefill and cached decoding against the full forward pass."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_cases import ALL_KINDS
+
+from mobilellm_jax.model.config import kv_cache_bytes_per_token
+from mobilellm_jax.model.transformer import MobileLLM, init_params
+
+ATOL = 2e-5  # fp32, two orders of the same operations, logits of order 1 to 10
+CAPACITY = 16
+LENGTHS = (7, 1, 4)
+
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 53, (3, CAPACITY)))
+kinds = pytest.mark.parametrize("config", ALL_KINDS.values(), ids=ALL_KINDS)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "method", "capacity"))
+def run(config, params, method, *args, **capacity):
+    model = MobileLLM(config)
+    hidden, cache = model.apply({"params": params}, *args, **capacity, method=method)
+    return model.apply({"params": params}, hidden, method="logits"), cache
+
+
+@functools.cache
+def params_of(config):
+    return jax.jit(lambda: init_params(config, jax.random.key(0)))()
+
+
+@functools.cache
+def full_logits(config):
+    return jax.jit(MobileLLM(config).apply)({"params": params_of(config)}, TOKENS)
+
+
+@kinds
+def test_prefill_and_decode_equal_the_full_pass_at_every_position(config):
+    params = params_of(config)
+    full = full_logits(config)
+    lengths = jnp.array(LENGTHS)
+    # What stands behind a prompt must not matter: it is not even a valid token here.
+    prompts = jnp.where(jnp.arange(8)[None, :] < lengths[:, None], TOKENS[:, :8], -1)
+    logits, cache = run(config, params, "prefill", prompts, lengths, capacity=CAPACITY)
+    for row, length in enumerate(LENGTHS):
+        np.testing.assert_allclose(logits[row, :length], full[row, :length], atol=ATOL)
+    rows = jnp.arange(3)
+    for _ in range(CAPACITY - max(LENGTHS)):
+        position = cache.lengths
+        logits, cache = run(config, params, "decode", TOKENS[rows, position][:, None], cache)
+        np.testing.assert_allclose(logits[:, 0], full[rows, position], atol=ATOL)
+    chex.assert_trees_all_equal(cache.lengths, lengths + CAPACITY - max(LENGTHS))
+
+
+@kinds
+def test_decoding_several_tokens_at_once_equals_the_full_pass(config):
+    params = params_of(config)
+    full = full_logits(config)
+    _, cache = run(config, params, "prefill", TOKENS[:, :5], jnp.full(3, 5), capacity=CAPACITY)
+    logits, cache = run(config, params, "decode", TOKENS[:, 5:9], cache)
+    np.testing.assert_allclose(logits, full[:, 5:9], atol=ATOL)
+    logits, _ = run(config, params, "decode", TOKENS[:, 9:], cache)
+    np.testing.assert_allclose(logits, full[:, 9:], atol=ATOL)
+
+
+@kinds
+def test_cache_has_the_size_that_the_config_says(config):
+    params = params_of(config)
+    _, cache = run(config, params, "prefill", TOKENS[:, :5], jnp.full(3, 5), capacity=CAPACITY)
+    assert cache.capacity == CAPACITY
+    held = cache.keys.nbytes + cache.values.nbytes
+    assert held == 3 * CAPACITY * kv_cache_bytes_per_token(config, bytes_per_value=4)

@@ -1,0 +1,284 @@
+"""What a run shows of itself: rates, the record on disk, TensorBoard and the picture."""
+
+import json
+import logging
+import math
+import struct
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from mobilellm_jax.training import hardware, metrics
+from mobilellm_jax.training.metrics import MetricsLog, plot_loss, read_metrics
+
+REL = 1e-9  # of numbers computed in float64 from the fake clock
+TOKENS_PER_STEP = 1000
+FLOPS_PER_TOKEN = 2e6
+PEAK = 1e11
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless told."""
+    fake = SimpleNamespace(now=100.0)
+    fake.monotonic = lambda: fake.now
+    fake.time = lambda: 1_700_000_000.0 + fake.now
+    monkeypatch.setattr(metrics, "time", fake)
+    return fake
+
+
+def open_log(workdir, resume_step=0, **kwargs):
+    return MetricsLog(
+        workdir,
+        resume_step=resume_step,
+        total_steps=100,
+        tokens_per_step=TOKENS_PER_STEP,
+        flops_per_token=FLOPS_PER_TOKEN,
+        peak_flops_total=PEAK,
+        **kwargs,
+    )
+
+
+def tensorboard_events(folder):
+    """Events of all files in load order, by the framing of TFRecord (length, crc, data, crc)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    events = []
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            events.append(Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return events
+
+
+def test_throughput_leaves_out_the_compilation_and_the_pauses(tmp_path, clock):
+    log = open_log(tmp_path)
+    clock.now += 60  # the first step compiles
+    log.log_train(1, {"train/loss": 9.0})
+    clock.now += 5
+    with log.paused():
+        clock.now += 30
+        log.log_eval(6, {"eval/loss": 8.0})
+        with log.paused():
+            clock.now += 30
+    clock.now += 5
+    log.log_train(11, {"train/loss": 7.0})
+    clock.now += 40
+    log.log_train(21, {"train/loss": 6.0})
+    log.close()
+    first, _, second, third = read_metrics(tmp_path)
+    assert not any(name.startswith("throughput/") for name in first)
+    assert second["throughput/step_seconds"] == pytest.approx(1.0, rel=REL)
+    assert second["throughput/tokens_per_second"] == pytest.approx(TOKENS_PER_STEP, rel=REL)
+    assert second["throughput/mfu"] == pytest.approx(1000 * FLOPS_PER_TOKEN / PEAK, rel=REL)
+    assert third["throughput/step_seconds"] == pytest.approx(4.0, rel=REL)
+
+
+def test_a_clock_started_by_hand_measures_the_first_interval(tmp_path, clock):
+    log = open_log(tmp_path, resume_step=50)
+    log.start_clock(50)
+    clock.now += 20
+    log.log_train(60, {"train/loss": 5.0})
+    log.close()
+    assert read_metrics(tmp_path)[0]["throughput/step_seconds"] == pytest.approx(2.0, rel=REL)
+
+
+def test_every_line_is_strict_json_on_disk_before_the_next_step(tmp_path, clock):
+    log = open_log(tmp_path, tokens_per_epoch=5000)
+    log.log_train(10, {"train/loss": math.nan, "train/grad_norm": math.inf})
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    text = (tmp_path / "metrics.jsonl").read_text()  # the log is still open
+    assert text.endswith("}\n")
+    record = json.loads(text, parse_constant=refuse)
+    assert record == {
+        "step": 10,
+        "time": 1_700_000_100.0,
+        "train/loss": None,
+        "train/grad_norm": None,
+        "progress/tokens": 10 * TOKENS_PER_STEP,
+        "progress/epoch": 2.0,
+    }
+    assert math.isnan(read_metrics(tmp_path)[0]["train/loss"])
+    log.close()
+
+
+def test_a_resumed_run_drops_what_came_after_its_checkpoint_and_a_torn_line(tmp_path, clock):
+    log = open_log(tmp_path)
+    for step in (10, 20, 30, 40):
+        clock.now += 1
+        log.log_train(step, {"train/loss": 1.0})
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 15, "train/lo')  # kill -9 in the middle of a write
+    assert [r["step"] for r in read_metrics(tmp_path)] == [10, 20, 30, 40]
+    log = open_log(tmp_path, resume_step=20)
+    log.log_train(30, {"train/loss": 2.0})
+    log.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 20, 30]
+    assert json.loads(lines[-1])["train/loss"] == 2.0
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_whole_last_line_without_its_newline_is_kept_apart_from_the_next(tmp_path, clock):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "time": 1.0, "progress/tokens": 10}')
+    log = open_log(tmp_path, resume_step=10)
+    log.log_train(20, {"train/loss": 2.0})
+    log.close()
+    assert [r["step"] for r in read_metrics(tmp_path)] == [10, 20]
+
+
+def test_a_new_run_starts_a_new_record(tmp_path, clock):
+    for _ in range(2):
+        log = open_log(tmp_path)
+        log.log_eval(0, {"eval/loss": 10.0})
+        log.close()
+    assert [r["step"] for r in read_metrics(tmp_path)] == [0]
+    assert read_metrics(tmp_path / "absent") == []
+
+
+def test_tensorboard_gets_every_value_and_a_resumed_run_purges(tmp_path, clock):
+    log = open_log(tmp_path)
+    log.log_train(10, {"train/loss": 3.0, "train/learning_rate": 0.5})
+    log.close()
+    log = open_log(tmp_path, resume_step=10)
+    log.log_eval(20, {"eval/loss": 2.0})
+    log.close()
+    events = tensorboard_events(tmp_path / "tensorboard")
+    scalars = {(v.tag, e.step): v.simple_value for e in events for v in e.summary.value}
+    assert scalars == {
+        ("train/loss", 10): 3.0,
+        ("train/learning_rate", 10): 0.5,
+        ("progress/tokens", 10): 10 * TOKENS_PER_STEP,
+        ("eval/loss", 20): 2.0,
+        ("progress/tokens", 20): 20 * TOKENS_PER_STEP,
+    }
+    starts = [e.step for e in events if e.HasField("session_log")]
+    assert starts == [0, 11]  # TensorBoard hides older events from these steps on
+
+
+def test_progress_lines_are_readable(tmp_path, clock, capsys):
+    log = open_log(tmp_path)
+    values = {"train/loss": 3.14159, "train/learning_rate": 2e-3, "train/grad_norm": 0.456}
+    log.log_train(1, values)
+    clock.now += 90
+    log.log_train(10, values)
+    log.log_eval(10, {"eval/loss": 3.0, "eval/perplexity": math.exp(3)})
+    log.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "step   1/100   1.0% | loss 3.1416 | lr 2.00e-03 | grad 0.46 | 0:00:00 elapsed",
+        "step  10/100  10.0% | loss 3.1416 | lr 2.00e-03 | grad 0.46 | 100 tok/s | MFU 0.2% | "
+        "0:01:30 elapsed, 0:15:00 left",
+        "eval  10/100  10.0% | loss 3.0000 | perplexity 20.0855",
+    ]
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(0.5, "0.5"), (950, "950"), (412_300, "412k"), (3_170_000, "3.17M"), (999_900, "1M")],
+)
+def test_rates_are_humanised(value, text):
+    assert metrics._humanise(value) == text
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(0, "0:00:00"), (59.7, "0:01:00"), (3725, "1:02:05"), (90_061, "1d 1:01:01")]
+)
+def test_durations_are_humanised(seconds, text):
+    assert metrics._clock(seconds) == text
+
+
+def test_a_process_that_is_not_the_first_writes_and_prints_nothing(tmp_path, clock, capsys):
+    log = open_log(tmp_path / "run", enabled=False)
+    log.log_train(1, {"train/loss": 3.0})
+    log.log_eval(1, {"eval/loss": 3.0})
+    log.close()
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_picture_is_drawn_from_any_record(tmp_path, clock):
+    evals_only = [(0, "eval/loss", 10.0)]
+    one_step = [(1, "train/loss", 10.0)]
+    with_nan = [(i, "train/loss", math.nan if i == 7 else 10 / (1 + i)) for i in range(300)]
+    for number, points in enumerate([[], evals_only, one_step, with_nan]):
+        folder = tmp_path / str(number)
+        log = open_log(folder)
+        for step, name, value in points:
+            clock.now += 1
+            (log.log_eval if name == "eval/loss" else log.log_train)(step, {name: value})
+        log.close()
+        assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+        assert not list(folder.glob("*.part"))
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 3.0}\n')  # no tokens
+    with caplog.at_level(logging.WARNING):
+        plot_loss(tmp_path)
+    assert "could not draw" in caplog.text
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_logging_loads_no_torch(tmp_path):
+    pytest.importorskip("torch", reason="without torch nothing can load it")
+    program = (
+        "import sys; from mobilellm_jax.training.metrics import MetricsLog\n"
+        f"log = MetricsLog({str(tmp_path)!r}, resume_step=0, total_steps=1, tokens_per_step=1,"
+        " flops_per_token=1, peak_flops_total=1)\n"
+        "log.log_train(1, {'train/loss': 1.0}); log.log_eval(1, {'eval/loss': 1.0}); log.close()\n"
+        "assert 'torch' not in sys.modules, 'torch was loaded'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, value",
+    [
+        ("TPU v4", "bfloat16", 275e12),
+        ("TPU v5 lite", "bfloat16", 197e12),
+        ("TPU v5", "bfloat16", 459e12),
+        ("TPU v6 lite", "bfloat16", 918e12),
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312e12),
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+        ("NVIDIA H100 80GB HBM3", "float32", 494e12),
+        ("NVIDIA H100 PCIe", "bfloat16", 756e12),
+        ("NVIDIA H200", "bfloat16", 989e12),
+        ("NVIDIA GeForce RTX 4090", "bfloat16", 165e12),
+    ],
+)
+def test_known_devices_have_published_peaks(kind, dtype, value):
+    peak = hardware.peak_flops(SimpleNamespace(device_kind=kind, platform="?"), dtype)
+    assert peak.value == value
+    assert peak.source == f"published ({kind}, {dtype})"
+
+
+@pytest.mark.parametrize(
+    "kind", ["NVIDIA H100 NVL", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA H200 NVL", "TPU v7x"]
+)
+def test_what_the_table_lacks_is_measured(kind, monkeypatch):
+    monkeypatch.setattr(hardware, "_measure_matmul", lambda device, dtype, size: 7.0)
+    peak = hardware.peak_flops(SimpleNamespace(device_kind=kind, platform="?"), "bfloat16")
+    assert peak == hardware.PeakFlops(7.0, f"measured matmul ({kind}, bfloat16)")
+
+
+def test_virtual_cpu_devices_share_the_peak_of_the_machine(monkeypatch):
+    monkeypatch.setattr(hardware, "_measure_matmul", lambda device, dtype, size: 12.0)
+    client = SimpleNamespace(local_devices=lambda: range(4))
+    device = SimpleNamespace(device_kind="cpu", platform="cpu", client=client)
+    peak = hardware.peak_flops(device, "bfloat16")
+    assert peak == hardware.PeakFlops(3.0, "measured matmul (cpu, float32)")
+
+
+def test_a_cpu_is_measured_in_for_real():
+    peak = hardware.peak_flops(jax.devices("cpu")[0], "float32")
+    assert 1e8 < peak.value < 1e14

@@ -1,0 +1,149 @@
+"""The JAX model against an independent NumPy model, executed in every way."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from model_cases import ALL_KINDS, tiny
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.transformer import Execution, MobileLLM, init_params
+
+LOGITS_ATOL = 2e-5  # fp32 against float64, logits of order 1 to 10
+SAME_MATHS_ATOL = 1e-5  # two orders of the same fp32 operations
+
+TOKENS = np.random.default_rng(0).integers(0, 53, (2, 11))
+kinds = pytest.mark.parametrize("config", ALL_KINDS.values(), ids=ALL_KINDS)
+FEW = ["immediate-x2-own", "immediate-x3-first_visit", "reverse-x3-first_visit", "untied"]
+few_kinds = pytest.mark.parametrize("config", [ALL_KINDS[name] for name in FEW], ids=FEW)
+
+
+def params_of(config):
+    params = init_params(config, jax.random.key(1))
+    # Norm scales of exactly 1 would hide a wrong or missing scale.
+    return jax.tree.map(lambda p: p * jnp.linspace(0.5, 1.5, p.size).reshape(p.shape), params)
+
+
+def logits_of(config, params, segments=None, execution=Execution()):
+    return jax.jit(MobileLLM(config, execution).apply)({"params": params}, TOKENS, segments)
+
+
+@kinds
+def test_logits_equal_the_reference(config):
+    params = params_of(config)
+    logits = logits_of(config, params)
+    chex.assert_shape(logits, (2, 11, config.vocab_size))
+    chex.assert_type(logits, jnp.float32)
+    np.testing.assert_allclose(
+        logits, reference.forward(config, params, TOKENS), atol=LOGITS_ATOL, rtol=LOGITS_ATOL
+    )
+
+
+def test_segments_confine_attention_to_a_document():
+    config = tiny("immediate", 2)
+    params = params_of(config)
+    segments = np.array([[1] * 4 + [2] * 7, [1] * 1 + [2] * 5 + [3] * 5])
+    logits = logits_of(config, params, segments)
+    expected = reference.forward(config, params, TOKENS, segments)
+    np.testing.assert_allclose(logits, expected, atol=LOGITS_ATOL, rtol=LOGITS_ATOL)
+    # Rotary positions are relative: a document alone gives the same as inside a record.
+    alone = MobileLLM(config).apply({"params": params}, TOKENS[:1, 4:])
+    np.testing.assert_allclose(logits[:1, 4:], alone, atol=LOGITS_ATOL, rtol=LOGITS_ATOL)
+
+
+@few_kinds
+def test_execution_changes_neither_logits_nor_gradients(config):
+    params = params_of(config)
+
+    def loss(params, execution):
+        logits = MobileLLM(config, execution).apply({"params": params}, TOKENS)
+        return jax.nn.logsumexp(logits, axis=-1).mean()
+
+    value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    expected = value_and_grad(params, Execution())
+    for execution in (
+        Execution(unroll_layers=True),
+        Execution(remat="full"),
+        Execution(remat="dots", unroll_layers=True),
+    ):
+        actual = value_and_grad(params, execution)
+        chex.assert_trees_all_close(actual, expected, atol=SAME_MATHS_ATOL)
+
+
+@few_kinds
+def test_gradient_equals_finite_differences_of_the_reference(config):
+    """Along one random direction: shared blocks collect the gradients of all their visits."""
+    params = params_of(config)
+    direction = jax.tree.map(
+        lambda p: jax.random.normal(jax.random.key(p.size), p.shape) / 10, params
+    )
+    weights = np.random.default_rng(1).normal(size=(2, 11, config.vocab_size))
+
+    @jax.jit
+    def loss(params):
+        return (logits_of(config, params) * weights).sum()
+
+    def moved(step):
+        params64 = jax.tree.map(
+            lambda p, d: np.asarray(p, np.float64) + step * np.asarray(d, np.float64),
+            params,
+            direction,
+        )
+        return (reference.forward(config, params64, TOKENS) * weights).sum()
+
+    numeric = (moved(1e-5) - moved(-1e-5)) / 2e-5
+    slope = sum(
+        (np.asarray(g, np.float64) * np.asarray(d, np.float64)).sum()
+        for g, d in zip(
+            jax.tree.leaves(jax.grad(loss)(params)), jax.tree.leaves(direction), strict=True
+        )
+    )
+    np.testing.assert_allclose(slope, numeric, rtol=1e-3)
+
+
+def test_shared_weights_exist_once():
+    single, shared = tiny(), tiny("reverse", 3)
+    chex.assert_trees_all_equal_shapes(
+        params_of(single), params_of(shared), params_of(tiny("immediate", 2, "first_visit"))
+    )
+
+
+def test_blocks_differ_after_initialisation_and_have_the_stated_spread():
+    config = tiny(num_layers=4, embed_dim=64, ffn_dim=256, init_std=0.02)
+    up = np.asarray(init_params(config, jax.random.key(0))["blocks"]["ffn"]["up"])
+    assert all(not np.array_equal(up[0], up[i]) for i in range(1, 4))
+    np.testing.assert_allclose(up.std(axis=(1, 2)), 0.02, rtol=0.05)
+
+
+def test_bfloat16_computes_in_bfloat16_and_returns_fp32_logits():
+    config = tiny()
+    params = params_of(config)
+    hidden = MobileLLM(config, Execution(dtype="bfloat16")).apply(
+        {"params": params}, TOKENS, method="hidden_states"
+    )
+    chex.assert_type(hidden, jnp.bfloat16)
+    logits = MobileLLM(config, Execution(dtype="bfloat16")).apply({"params": params}, TOKENS)
+    chex.assert_type(logits, jnp.float32)
+    exact = MobileLLM(config).apply({"params": params}, TOKENS)
+    assert 0 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "float16"}, "execution.dtype = 'float16'"),
+        ({"remat": "some"}, "execution.remat = 'some'"),
+        ({"attention": "flash"}, "execution.attention = 'flash'"),
+    ],
+)
+def test_unknown_execution_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        Execution(**changes)
+
+
+def test_cudnn_by_name_is_refused_where_it_cannot_run():
+    config = tiny()
+    with pytest.raises(UserError, match="needs an NVIDIA GPU"):
+        MobileLLM(config, Execution(attention="cudnn")).apply({"params": params_of(config)}, TOKENS)

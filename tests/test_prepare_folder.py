@@ -1,0 +1,191 @@
+"""Prepare: a folder that is whole or not there, however the command ends."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from prepared import DOCUMENTS, files_in, make_documents, run_prepare, write_lines
+
+from mobilellm_jax.data import encoding, packing
+from mobilellm_jax.data.loader import open_split
+from mobilellm_jax.data.records import DatasetHeader
+from mobilellm_jax.data.tokenizer import train_tokenizer
+from mobilellm_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_tokenizer(DOCUMENTS, 310, path)
+    return path
+
+
+def test_a_second_run_changes_nothing_and_another_one_is_refused(tmp_path, model, capsys):
+    path = write_lines(tmp_path / "a.jsonl")
+    first = run_prepare([path], tmp_path / "out", tokenizer=model)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+    assert run_prepare([path], tmp_path / "out", tokenizer=model, progress=True) == first
+    assert "already prepared" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == before
+    with pytest.raises(UserError, match="sequence_length 32, now asked for 16"):
+        run_prepare([path], tmp_path / "out", tokenizer=model, sequence_length=16)
+    path.write_text(path.read_text().replace("cat", "cow"))
+    with pytest.raises(UserError, match="a.jsonl was different"):
+        run_prepare([path], tmp_path / "out", tokenizer=model)
+
+
+def test_a_second_run_notices_a_damaged_shard(tmp_path, model):
+    path = write_lines(tmp_path / "a.jsonl")
+    run_prepare([path], tmp_path / "out", tokenizer=model)
+    shard = tmp_path / "out" / "train-00000.array_record"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match="train-00000.*damaged"):
+        run_prepare([path], tmp_path / "out", tokenizer=model)
+
+
+def test_a_folder_with_something_else_is_not_touched(tmp_path, model):
+    path = write_lines(tmp_path / "a.jsonl")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("keep")
+    with pytest.raises(UserError, match="is not a dataset"):
+        run_prepare([path], tmp_path / "out", tokenizer=model)
+    assert files_in(tmp_path / "out") == {"mine": b"keep"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interruption_leaves_nothing(tmp_path, model, monkeypatch, error):
+    path = write_lines(tmp_path / "a.jsonl")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(DatasetHeader, "save", fail)
+    with pytest.raises(error):
+        run_prepare([path], tmp_path / "out", tokenizer=model)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, model):
+    path = write_lines(tmp_path / "a.jsonl", make_documents(3000))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="train-00000.*nothing was kept"):
+            run_prepare([path], tmp_path / "out", tokenizer=model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_lost_records_are_noticed_when_a_shard_is_closed(tmp_path, model, monkeypatch):
+    class Forgetful(packing.array_record_module.ArrayRecordWriter):
+        def write(self, data):
+            if random.random() < 0.5:
+                super().write(data)
+
+    monkeypatch.setattr(packing.array_record_module, "ArrayRecordWriter", Forgetful)
+    path = write_lines(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="records arrived on the disk"):
+        run_prepare([path], tmp_path / "out", tokenizer=model)
+
+
+_SLOW_PREPARE = """
+import sys, time
+from mobilellm_jax.data import prepare, sources, splits
+if __name__ == "__main__":
+    real = sources.Source.documents
+    def slow(self, *args):
+        for number, document in enumerate(real(self, *args)):
+            if number == 40:
+                print("half", flush=True)
+                time.sleep(600)
+            yield document
+    sources.Source.documents = slow
+    prepare.BLOCK_BYTES = splits.BLOCK_BYTES = 500
+    prepare.prepare([sys.argv[1]], sys.argv[2], tokenizer=sys.argv[3], sequence_length=32,
+                    num_workers=2, records_per_shard=4, progress=False)
+"""
+
+
+def _start_slow_prepare(tmp_path, model):
+    script = tmp_path / "slow.py"
+    script.write_text(_SLOW_PREPARE)
+    path = write_lines(tmp_path / "a.jsonl")
+    process = subprocess.Popen(
+        [sys.executable, script, path, tmp_path / "out", model],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "half\n", process.communicate()
+    return process, path
+
+
+def _children(pid):
+    tasks = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in tasks.read_text().split()]
+
+
+def _wait_until_gone(pids):
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids):
+        assert time.monotonic() < deadline, "a worker process outlived its parent"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_a_killed_prepare_leaves_nothing_that_loads_and_can_be_run_again(tmp_path, model, capsys):
+    process, path = _start_slow_prepare(tmp_path, model)
+    workers = _children(process.pid)
+    assert len(workers) >= 2
+    with pytest.raises(UserError, match="another prepare is writing"):
+        run_prepare([path], tmp_path / "out", tokenizer=model, records_per_shard=4)
+    process.kill()
+    process.communicate()
+    _wait_until_gone(workers)
+    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "out.partial").glob("*.array_record"))
+    with pytest.raises(UserError, match="not a finished dataset"):
+        open_split(tmp_path / "out.partial", "train")
+    run_prepare([path], tmp_path / "out", tokenizer=model, records_per_shard=4)
+    assert "left over from an interrupted run" in capsys.readouterr().err
+    run_prepare([path], tmp_path / "fresh", tokenizer=model, records_per_shard=4)
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "fresh")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_control_c_ends_all_processes_and_leaves_nothing(tmp_path, model):
+    process, _ = _start_slow_prepare(tmp_path, model)
+    workers = _children(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode != 0 and "KeyboardInterrupt" in errors
+    _wait_until_gone(workers)
+    assert not list(tmp_path.glob("out*"))
+
+
+def _die(_items):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_dead_worker_is_an_error_and_no_hang(tmp_path, model, monkeypatch):
+    monkeypatch.setattr("mobilellm_jax.data.splits.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("mobilellm_jax.data.prepare.BLOCK_BYTES", 2000)
+    monkeypatch.setattr(encoding, "_encode_in_worker", _die)
+    path = write_lines(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="worker process died.*--workers 2"):
+        run_prepare([path], tmp_path / "out", tokenizer=model, num_workers=2)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]

@@ -1,0 +1,133 @@
+"""Sources: every format, every bad input with its place."""
+
+import bz2
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import sys
+from pathlib import Path
+
+import pytest
+from prepared import DOCUMENTS
+
+from mobilellm_jax.data import sources
+from mobilellm_jax.errors import UserError
+
+# Formats ------------------------------------------------------------------------------------------
+
+
+def _zstd(data):
+    return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
+
+
+def _parquet(documents):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    buffer = io.BytesIO()
+    table = pyarrow.table({"id": list(range(len(documents))), "text": documents})
+    parquet.write_table(table, buffer, row_group_size=7)
+    return buffer.getvalue()
+
+
+_LINES = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.jsonl", lambda: _LINES),
+        ("a.json", lambda: b"\xef\xbb\xbf" + _LINES.replace(b"\n", b"\r\n\n")[:-1]),
+        ("a.jsonl.gz", lambda: gzip.compress(_LINES)),
+        ("a.jsonl.bz2", lambda: bz2.compress(_LINES)),
+        ("a.jsonl.xz", lambda: lzma.compress(_LINES)),
+        ("a.jsonl.zst", lambda: _zstd(_LINES)),
+        ("two_streams.jsonl.gz", lambda: gzip.compress(_LINES[:99]) + gzip.compress(_LINES[99:])),
+        ("two_streams.jsonl.zst", lambda: _zstd(_LINES[:99]) + _zstd(_LINES[99:])),
+        ("a.parquet", lambda: _parquet(DOCUMENTS)),
+    ],
+)
+def test_every_format_holds_the_same_documents(tmp_path, name, write):
+    (tmp_path / name).write_bytes(write())
+    [source] = sources.find_sources([tmp_path / name])
+    documents = list(source.documents())
+    assert [document.text for document in documents] == DOCUMENTS
+    assert all(document.first and document.last for document in documents)
+    assert source.bytes_read == source.size == (tmp_path / name).stat().st_size
+    assert source.sha256 == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.xz", "a.txt.zst", "README"])
+def test_plain_text_is_one_document(tmp_path, name):
+    text = "\n".join(DOCUMENTS)
+    compress = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": _zstd}.get(name[5:], bytes)
+    (tmp_path / name).write_bytes(compress(text.encode()))
+    [document] = sources.iter_documents([tmp_path / name])
+    assert document.text == text
+
+
+def test_a_directory_stands_for_its_known_files_and_a_pattern_for_its_matches(tmp_path):
+    (tmp_path / "deep" / ".hidden").mkdir(parents=True)
+    names = ["b.txt", "a.jsonl.xz", "deep/c.parquet", "deep/.hidden/d.txt", "e.png", ".f.txt"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    found = [Path(source.path).name for source in sources.find_sources([tmp_path])]
+    assert found == ["a.jsonl.xz", "b.txt", "c.parquet"]
+    assert [s.path for s in sources.find_sources([tmp_path / "*.txt"])] == [str(tmp_path / "b.txt")]
+
+
+def test_half_a_surrogate_pair_in_json_becomes_a_replacement_character(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83d b"}')
+    assert [document.text for document in sources.iter_documents([tmp_path])] == ["a\ufffd b"]
+
+
+# Bad inputs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "a.txt: the file is empty"),
+        ("a.txt", b"abc\ndef\0ghi", "a.txt: NUL byte at byte 7"),
+        ("a.txt", b"abc\xff\xfe", "a.txt: byte 0xff at byte 3"),
+        ("a.txt.gz", b"not gzip", "a.txt.gz: damaged, or not a .gz file"),
+        ("a.txt.gz", gzip.compress(_LINES)[:-20], "a.txt.gz.*truncated"),
+        ("a.jsonl.xz", lzma.compress(_LINES)[:-20], "a.jsonl.xz.*truncated"),
+        ("a.jsonl.bz2", bz2.compress(_LINES)[:-20], "a.jsonl.bz2.*truncated"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": "\xff"}', "a.jsonl, line 3: not valid JSON"),
+        ("a.json", b'[\n {"text": "a"}\n]', "jq -c"),
+        ("a.jsonl", b'{"text": "a"}\n["a"]', "line 2: expected an object"),
+        ("a.jsonl", b'{"body": "a", "id": 1}', "line 1: no field 'text'; it has 'body', 'id'"),
+        ("a.jsonl", b'{"text": 5}', "line 1: field 'text' is 5, which is not text"),
+        ("a.jsonl", b'{"text": null}', "line 1: field 'text' is None"),
+        ("a.parquet", b"PAR1 nothing", "a.parquet: damaged or not a Parquet file"),
+        ("a.png", None, "no such file"),
+        ("*.png", None, "no file matches this pattern"),
+        ("", None, "no file to read in this directory"),
+    ],
+)
+def test_a_bad_input_is_named_with_its_place(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(sources.iter_documents([tmp_path / name]))
+
+
+def test_truncated_zstandard_is_noticed(tmp_path):
+    (tmp_path / "a.jsonl.zst").write_bytes(_zstd(_LINES)[:-20])
+    with pytest.raises(UserError, match="truncated"):
+        list(sources.iter_documents([tmp_path]))
+
+
+def test_a_missing_parquet_column_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(_parquet(DOCUMENTS))
+    with pytest.raises(UserError, match="no field 'body'; it has 'id', 'text'"):
+        list(sources.iter_documents([tmp_path], "body"))
+
+
+def test_datasets_is_asked_for_with_its_install_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        list(sources.iter_documents(["hf:owner/name"]))

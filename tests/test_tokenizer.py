@@ -1,0 +1,135 @@
+"""The tokenizer: round trips, LLaMA's conventions, and errors that can be acted on."""
+
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from mobilellm_jax.data.tokenizer import Tokenizer, train_tokenizer
+from mobilellm_jax.errors import UserError
+
+SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
+CODE = "def f(x):\n    if x:\n        return x  # comment\n\n\n\treturn 12345\n"
+PROSE = "The quick brown fox jumps over the lazy dog. It was a bright cold day in April.\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    return train_tokenizer([PROSE * 3 + CODE * 3], 330, path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "\n",
+        "  two  spaces ",
+        CODE,
+        "\n\n    x",
+        "tab\tnul\0cr\r\n",
+        "é漢字😀\u200d",
+        "\ufeff",
+    ],
+)
+def test_any_text_survives_encoding_and_decoding(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True)) == text
+
+
+def test_a_newline_and_a_run_of_spaces_are_single_pieces_and_digits_are_split(tokenizer):
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
+    pieces = processor.encode("a\n    12", out_type=str)
+    assert pieces[-4:] == ["<0x0A>", "▁▁▁▁", "1", "2"]
+
+
+def test_ids_are_those_of_plain_sentencepiece_with_llamas_special_ids(tokenizer):
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
+    assert tokenizer.encode(CODE) == processor.encode(CODE)
+    assert tokenizer.encode("a", bos=True, eos=True) == [1, *processor.encode("a"), 2]
+    assert (processor.unk_id(), tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (
+        0,
+        1,
+        2,
+        None,
+    )
+    assert tokenizer.vocab_size == 330
+
+
+def test_blocks_cut_at_line_ends_encode_as_the_whole_text(tokenizer):
+    text = (PROSE + CODE) * 3
+    lines = text.splitlines(keepends=True)
+    for cut in range(1, len(lines)):
+        head, tail = "".join(lines[:cut]), "".join(lines[cut:])
+        assert tokenizer.encode(head) + tokenizer.encode_continuation(tail) == tokenizer.encode(
+            text
+        )
+
+
+def test_training_is_deterministic_and_the_file_loads_again(tokenizer, tmp_path):
+    again = train_tokenizer([PROSE * 3 + CODE * 3], 330, tmp_path / "t.model")
+    assert again.sha256 == tokenizer.sha256
+    assert Tokenizer.load(tmp_path / "t.model").sha256 == tokenizer.sha256
+    assert [file.name for file in tmp_path.iterdir()] == ["t.model"]
+
+
+def test_training_reads_no_more_than_the_sample(tmp_path):
+    def documents():
+        yield PROSE * 100
+        yield PROSE * 100
+        raise AssertionError("read past the sample")
+
+    train_tokenizer(documents(), 300, tmp_path / "t.model", max_sample_bytes=len(PROSE) * 150)
+
+
+def test_long_lines_are_not_dropped_from_the_sample(tmp_path):
+    long_line = "zebra quagga " * 2000
+    tokenizer = train_tokenizer([long_line], 275, tmp_path / "t.model")
+    assert len(tokenizer.encode("zebra quagga")) <= 6
+
+
+@pytest.mark.parametrize(
+    ("documents", "vocab_size", "message"),
+    [
+        ([PROSE], 100_000, "too large for this text; the largest possible value is [0-9]+"),
+        ([PROSE], 270, "too small.*already need [0-9]+"),
+        ([], 300, "no text"),
+        (["", "\n\n"], 300, "no text"),
+    ],
+)
+def test_an_impossible_vocabulary_is_explained(tmp_path, documents, vocab_size, message):
+    with pytest.raises(UserError, match=message):
+        train_tokenizer(documents, vocab_size, tmp_path / "t.model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_value_that_the_error_names_works(tmp_path):
+    with pytest.raises(UserError) as error:
+        train_tokenizer([PROSE * 5], 100_000, tmp_path / "t.model")
+    largest = int(str(error.value).split("value is ")[1].split()[0])
+    assert train_tokenizer([PROSE * 5], largest, tmp_path / "t.model").vocab_size == largest
+
+
+@pytest.mark.parametrize("content", [None, b"", b"<html>not a model</html>", b"\x00" * 100])
+def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "some.model"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="some.model.*--vocab_size"):
+        Tokenizer.load(path)
+
+
+@pytest.mark.parametrize("ids", [[-1], [330]])
+def test_ids_outside_of_the_vocabulary_are_refused(tokenizer, ids):
+    with pytest.raises(UserError, match="outside of this tokenizer's"):
+        tokenizer.decode(ids)
+
+
+def test_the_llama_tokenizer_has_its_known_ids():
+    path = SHARED / "tokenizers" / "llama2_tokenizer.model"
+    if not path.exists():
+        pytest.skip("the LLaMA tokenizer is not at ../shared")
+    llama = Tokenizer.load(path)
+    assert (llama.vocab_size, llama.bos_id, llama.eos_id, llama.pad_id) == (32000, 1, 2, None)
+    assert llama.encode("Hello world", bos=True) == [1, 15043, 3186]
+    assert llama.decode(llama.encode(CODE)) == CODE
