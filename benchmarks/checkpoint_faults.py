@@ -3,9 +3,9 @@
     python benchmarks/checkpoint_faults.py                # 200 kills, 500 mutations, 50 full disks
     python benchmarks/checkpoint_faults.py --kills 10 --mutations 0 --full_disks 0
 
-Prints a table and exits with 1 if anything was lost or restored wrongly. Takes three minutes on two
-cores. The full disk is a small tmpfs; without root, which mounting needs, a limit on the size of
-files stands in for it.
+Prints a table and exits with 1 if anything was lost or restored wrongly. Takes five minutes on
+two busy cores. The full disk is a small tmpfs; without root, which mounting needs, a limit on the
+size of files stands in for it.
 """
 
 import argparse

@@ -1,6 +1,12 @@
 """Small models of every kind that the tests share."""
 
+import functools
+
+import jax
+import numpy as np
+
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.transformer import abstract_params
 
 SHARING = [
     ("none", 1, "own"),
@@ -38,3 +44,16 @@ ALL_KINDS = {
     "untied": tiny(tie_embeddings=False),
     "relu": tiny("repeat_all", 2, ffn="relu"),
 }
+
+
+@functools.cache
+def random_params(config, seed=0):
+    """Weights made by NumPy (compiling the initialiser takes seconds), norms away from 1."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, like):
+        if path[-1].key == "scale":
+            return rng.uniform(0.5, 1.5, like.shape).astype(np.float32)
+        return (rng.normal(size=like.shape) * config.init_std).astype(np.float32)
+
+    return jax.tree.map_with_path(draw, abstract_params(config))

@@ -69,7 +69,7 @@ def test_ablation_models_are_expressed_by_config_alone(shape, ffn, tied, million
         ffn_dim=ffn_dim,
         tie_embeddings=tied,
     )
-    assert round(count_params(config) / 1e6, 1) == millions
+    assert abs(count_params(config) / 1e6 - millions) < 0.1  # the paper cuts or rounds
 
 
 def test_ffn_width_rule_gives_the_released_widths():
@@ -86,7 +86,13 @@ def test_flops_per_token_at_2048(name, gflop):
 
 def test_flops_of_a_tiny_model_counted_by_hand():
     c = ModelConfig(
-        num_layers=2, num_heads=2, num_kv_heads=1, embed_dim=8, ffn_dim=16, head_dim=4, vocab_size=10
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        embed_dim=8,
+        ffn_dim=16,
+        head_dim=4,
+        vocab_size=10,
     )
     # Per block: q and o 8*8 each, k and v 8*4 each, three matrices of 8*16; head 8*10.
     weights = 2 * (64 + 64 + 32 + 32 + 3 * 128) + 80

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_cases import ALL_KINDS
+from model_cases import ALL_KINDS, random_params
 
 from mobilellm_jax.model.config import kv_cache_bytes_per_token
-from mobilellm_jax.model.transformer import MobileLLM, init_params
+from mobilellm_jax.model.transformer import MobileLLM
 
 ATOL = 2e-5  # fp32, two orders of the same operations, logits of order 1 to 10
 CAPACITY = 16
@@ -28,18 +28,13 @@ def run(config, params, method, *args, **capacity):
 
 
 @functools.cache
-def params_of(config):
-    return jax.jit(lambda: init_params(config, jax.random.key(0)))()
-
-
-@functools.cache
 def full_logits(config):
-    return jax.jit(MobileLLM(config).apply)({"params": params_of(config)}, TOKENS)
+    return jax.jit(MobileLLM(config).apply)({"params": random_params(config)}, TOKENS)
 
 
 @kinds
 def test_prefill_and_decode_equal_the_full_pass_at_every_position(config):
-    params = params_of(config)
+    params = random_params(config)
     full = full_logits(config)
     lengths = jnp.array(LENGTHS)
     # What stands behind a prompt must not matter: it is not even a valid token here.
@@ -57,7 +52,7 @@ def test_prefill_and_decode_equal_the_full_pass_at_every_position(config):
 
 @kinds
 def test_decoding_several_tokens_at_once_equals_the_full_pass(config):
-    params = params_of(config)
+    params = random_params(config)
     full = full_logits(config)
     _, cache = run(config, params, "prefill", TOKENS[:, :5], jnp.full(3, 5), capacity=CAPACITY)
     logits, cache = run(config, params, "decode", TOKENS[:, 5:9], cache)
@@ -68,7 +63,7 @@ def test_decoding_several_tokens_at_once_equals_the_full_pass(config):
 
 @kinds
 def test_cache_has_the_size_that_the_config_says(config):
-    params = params_of(config)
+    params = random_params(config)
     _, cache = run(config, params, "prefill", TOKENS[:, :5], jnp.full(3, 5), capacity=CAPACITY)
     assert cache.capacity == CAPACITY
     held = cache.keys.nbytes + cache.values.nbytes

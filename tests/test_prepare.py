@@ -222,7 +222,6 @@ def test_inputs_without_text_and_bad_files_leave_no_folder(tmp_path, model):
     ("settings", "message"),
     [
         ({}, "either --tokenizer FILE or --vocab_size"),
-        ({"vocab_size": 300, "tokenizer": "x"}, "either --tokenizer FILE or --vocab_size"),
         ({"tokenizer": "nowhere.model"}, "nowhere.model: cannot read"),
         ({"vocab_size": 100_000}, "too large for this text"),
         ({"vocab_size": 300, "sequence_length": 1}, "too short"),
@@ -240,6 +239,12 @@ def test_bad_settings_are_explained(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         run_prepare([tmp_path / "a.jsonl"], tmp_path / "out", **settings)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_tokenizer_is_given_or_trained_but_not_both(tmp_path, model):
+    path = write_lines(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="either --tokenizer FILE or --vocab_size"):
+        run_prepare([path], tmp_path / "out", tokenizer=model, vocab_size=300)
 
 
 def test_an_input_that_is_listed_twice_is_refused(tmp_path, model):

@@ -1,5 +1,6 @@
 """Prepare: a folder that is whole or not there, however the command ends."""
 
+import contextlib
 import os
 import random
 import resource
@@ -119,19 +120,33 @@ if __name__ == "__main__":
 """
 
 
-def _start_slow_prepare(tmp_path, model):
+@contextlib.contextmanager
+def _slow_prepare(tmp_path, model):
+    """A prepare that waits half way; gives its process, its workers' ids and its input."""
     script = tmp_path / "slow.py"
     script.write_text(_SLOW_PREPARE)
     path = write_lines(tmp_path / "a.jsonl")
-    process = subprocess.Popen(
-        [sys.executable, script, path, tmp_path / "out", model],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "half\n", process.communicate()
-    return process, path
+    workers = []
+    with (
+        open(tmp_path / "errors", "w") as errors,
+        subprocess.Popen(
+            [sys.executable, script, path, tmp_path / "out", model],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            assert process.stdout.readline() == "half\n", (tmp_path / "errors").read_text()
+            workers = _children(process.pid)
+            assert len(workers) >= 2
+            yield process, workers, path
+        finally:
+            process.kill()
+            for pid in filter(_is_alive, workers):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _children(pid):
@@ -139,23 +154,25 @@ def _children(pid):
     return [int(child) for child in tasks.read_text().split()]
 
 
+def _is_alive(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and ") Z " not in stat.read_text()
+
+
 def _wait_until_gone(pids):
     deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids):
+    while any(map(_is_alive, pids)):
         assert time.monotonic() < deadline, "a worker process outlived its parent"
         time.sleep(0.05)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_a_killed_prepare_leaves_nothing_that_loads_and_can_be_run_again(tmp_path, model, capsys):
-    process, path = _start_slow_prepare(tmp_path, model)
-    workers = _children(process.pid)
-    assert len(workers) >= 2
-    with pytest.raises(UserError, match="another prepare is writing"):
-        run_prepare([path], tmp_path / "out", tokenizer=model, records_per_shard=4)
-    process.kill()
-    process.communicate()
-    _wait_until_gone(workers)
+    with _slow_prepare(tmp_path, model) as (process, workers, path):
+        with pytest.raises(UserError, match="another prepare is writing"):
+            run_prepare([path], tmp_path / "out", tokenizer=model, records_per_shard=4)
+        process.kill()
+        _wait_until_gone([process.pid, *workers])
     assert not (tmp_path / "out").exists()
     assert list((tmp_path / "out.partial").glob("*.array_record"))
     with pytest.raises(UserError, match="not a finished dataset"):
@@ -168,12 +185,13 @@ def test_a_killed_prepare_leaves_nothing_that_loads_and_can_be_run_again(tmp_pat
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_control_c_ends_all_processes_and_leaves_nothing(tmp_path, model):
-    process, _ = _start_slow_prepare(tmp_path, model)
-    workers = _children(process.pid)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode != 0 and "KeyboardInterrupt" in errors
-    _wait_until_gone(workers)
+    with _slow_prepare(tmp_path, model) as (process, workers, _):
+        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers, too
+        assert process.wait(timeout=20) != 0
+        _wait_until_gone(workers)
+    errors = (tmp_path / "errors").read_text()
+    assert "KeyboardInterrupt" in errors
+    assert "_process_worker" not in errors  # no traceback of a worker on top of the parent's
     assert not list(tmp_path.glob("out*"))
 
 

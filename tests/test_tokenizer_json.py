@@ -44,7 +44,7 @@ ADVERSARIAL = [
 CONTROL_LITERALS = ["<s>", "a </s> b", "<unk>"]  # the known exception
 
 
-def train(**options) -> bytes:
+def train(lines=None, **options) -> bytes:
     model = io.BytesIO()
     settings = {
         "model_type": "bpe",
@@ -57,7 +57,9 @@ def train(**options) -> bytes:
         "minloglevel": 2,
     }
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SAMPLE.splitlines()), model_writer=model, **settings | options
+        sentence_iterator=iter(lines or SAMPLE.splitlines()),
+        model_writer=model,
+        **settings | options,
     )
     return model.getvalue()
 
@@ -190,6 +192,28 @@ def test_models_without_dummy_prefix_or_bos_are_reproduced():
         ids = ours.encode(text)
         assert theirs.encode(text).ids == ids, repr(text)
         assert theirs.decode(ids) == ours.decode(ids), repr(text)
+
+
+def test_runs_of_unknown_characters_are_one_token_without_byte_fallback():
+    model = train(byte_fallback=False)
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(build_tokenizer_json(model)))
+    ours = sentencepiece.SentencePieceProcessor(model_proto=model)
+    for text in ("\u6211\u7231\u4f60", "a \u6211\u7231 b", *ADVERSARIAL):
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert ids == ours.encode(text), repr(text)
+
+
+def test_text_never_merges_into_a_byte_piece():
+    whole = {"split_digits": False, "split_by_number": False, "split_by_unicode_script": False}
+    model = train(lines=["x<0x41 <0x41 >"] * 200, vocab_size=271, **whole)
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(build_tokenizer_json(model)))
+    ours = sentencepiece.SentencePieceProcessor(model_proto=model)
+    for text in ("<0x41>", "x<0x41>", "x<0x41><0x41>", "<0x41"):
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert ids == ours.encode(text), repr(text)
+        assert 3 + 0x41 not in ids  # the byte piece of that name
 
 
 @pytest.mark.parametrize(

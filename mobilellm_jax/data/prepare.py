@@ -67,53 +67,40 @@ def prepare(
     What is held out as the 'valid' split is decided by one of: ``valid_inputs`` (whole files),
     ``split_field`` (each line says it), or ``valid_fraction``. The last one draws documents by a
     hash of their content, so copies of a document land on the same side; of a plain-text file of
-    more than 1 MB, or of one that is the only input, it takes the end instead, as such a file is a
-    single document. Lines with official MobileLLM ``token_ids`` become one record each.
+    more than 1 MB, or of one that is the only input, it takes the end instead. Lines with official
+    MobileLLM ``token_ids`` become one record each.
 
-    The result depends on the inputs and the settings alone, not on ``num_workers`` (default: all
-    cores). It is written to ``OUTPUT.partial`` and renamed when complete. If ``output`` is already
-    there from the same inputs and settings, its shards are verified and nothing is written.
-
-    Raises:
-      UserError: bad inputs or settings, a full disk, another dataset in ``output``, a dead worker.
+    The result does not depend on ``num_workers`` (default: all cores). It is written to
+    ``OUTPUT.partial`` and renamed when complete; an ``output`` that is already there from the same
+    inputs and settings is only verified. Raises UserError for bad inputs or settings, a full disk,
+    another dataset in ``output`` and a dead worker.
     """
     assert not isinstance(inputs, str) and not isinstance(valid_inputs, str), "pass lists"
     output = Path(output)
-    if (tokenizer is None) == (vocab_size is None):
-        raise UserError("pass either --tokenizer FILE or --vocab_size N, which trains one")
-    if sequence_length < 2:
-        raise UserError(f"--sequence_length {sequence_length} is too short; 2048 is usual")
-    if not 0 <= valid_fraction < 1:
-        raise UserError(f"--valid_fraction {valid_fraction} must be at least 0 and less than 1")
-    if bool(valid_inputs) + (split_field is not None) + (valid_fraction > 0) > 1:
-        raise UserError("use only one of --valid_input, --split_field and --valid_fraction")
     loaded = None if tokenizer is None else Tokenizer.load(tokenizer)
+    settings = Settings(
+        sequence_length=sequence_length,
+        tokenizer_sha256=loaded and loaded.sha256,
+        vocab_size=vocab_size,
+        field=field,
+        split_field=split_field,
+        valid_fraction=valid_fraction,
+        num_valid_inputs=len(find_sources(valid_inputs)),
+        bos=bos,
+        eos=eos,
+        records_per_shard=records_per_shard,
+    )
     sources = find_sources([*inputs, *valid_inputs])
-    num_valid = len(find_sources(valid_inputs))
     if not sources:
         raise UserError("no input; name files, directories or patterns by --input")
-    settings = Settings(
-        sequence_length,
-        loaded and loaded.sha256,
-        vocab_size,
-        field,
-        split_field,
-        valid_fraction,
-        num_valid,
-        bos,
-        eos,
-        records_per_shard,
-    )
     if (output / HEADER_FILE).exists():
         return _finished(output, settings, sources, progress)
     with folder_in_the_making(output) as partial:
         if loaded is None:
             sample = training_sample(find_sources(inputs or valid_inputs), field, split_field)
             loaded = train_tokenizer(sample, vocab_size, partial / TOKENIZER_FILE)
-        else:
-            (partial / TOKENIZER_FILE).write_bytes(loaded.model_bytes)
+        (partial / TOKENIZER_FILE).write_bytes(loaded.model_bytes)
         header = _write(partial, settings, sources, loaded, num_workers, progress)
-        header.save(partial)
     return header
 
 
@@ -125,7 +112,7 @@ def _write(
     num_workers: int | None,
     progress: bool,
 ) -> DatasetHeader:
-    """Encodes, packs and writes everything but the header."""
+    """Encodes, packs and writes everything, the header last."""
     for mark in ("bos", "eos"):
         if getattr(settings, mark) and getattr(tokenizer, f"{mark}_id") is None:
             raise UserError(f"the tokenizer has no {mark.upper()}; pass --no-{mark}")
@@ -157,22 +144,21 @@ def _write(
                     is_start = (tokens == tokenizer.bos_id) | (np.arange(len(tokens)) == 0)
                     writer.add_record(tokens, np.flatnonzero(is_start), num_bytes)
                 bar.update(len(tokens))
-    splits = {name: writer.close() for name, writer in writers.items()}
-    splits = {name: split for name, split in splits.items() if split.num_records}
+    splits = {name: split for name in SPLITS if (split := writers[name].close()).num_records}
     _check_splits(splits, settings, len(sources))
-    return DatasetHeader(
+    header = DatasetHeader(
         sequence_length=settings.sequence_length,
         vocab_size=tokenizer.vocab_size,
         tokenizer_sha256=tokenizer.sha256,
         bos=settings.bos,
         eos=settings.eos,
         splits=splits,
-        sources=tuple(
-            SourceFile(source.path, source.bytes_read, source.sha256) for source in sources
-        ),
+        sources=tuple(SourceFile(item.path, item.bytes_read, item.sha256) for item in sources),
         settings=dataclasses.asdict(settings),
         created_by=f"mobilellm_jax {__version__}",
     )
+    header.save(partial)
+    return header
 
 
 def _check_splits(splits: dict[str, Any], settings: Settings, num_sources: int) -> None:

@@ -36,7 +36,7 @@ class Tokenizer:
             raise UserError(problem + mend)
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise UserError(problem + mend) from error
         if processor.vocab_size() == 0:
             raise UserError(problem + mend)

@@ -92,9 +92,7 @@ def dataset_perplexity(
     if max_records is not None:
         num_records = min(max_records, num_records)
     batches = eval_batches(directory, split, batch_size=batch_size, max_records=max_records)
-    eval_step = make_eval_step(
-        model.config, execution, mask_documents=model.mask_documents
-    )
+    eval_step = make_eval_step(model.config, execution, mask_documents=model.mask_documents)
     shown = tqdm(batches, total=math.ceil(num_records / batch_size), unit="batch")
     return split_perplexity(jax.jit(eval_step), model.params, shown, header, split)
 

@@ -1,9 +1,11 @@
 """Rotary positions and causal grouped-query attention, as functions of arrays."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mobilellm_jax.errors import UserError
@@ -13,21 +15,23 @@ _MASKED = -1e30  # finite: a row without any visible key must not become NaN
 
 
 class KeyValue(NamedTuple):
-    """Rotated keys and values of one visit of one block, both `[B, S, K, H]`."""
+    """Rotated keys and values of one visit of one block."""
 
-    keys: jax.Array
-    values: jax.Array
+    keys: jax.Array  # [B, K, S, H]
+    values: jax.Array  # [B, K, S, H]
 
 
 class CachedKeyValue(NamedTuple):
     """Keys and values of earlier tokens; row b holds `lengths[b]` of them, the rest is unused."""
 
-    keys: jax.Array  # [B, S, K, H]
-    values: jax.Array  # [B, S, K, H]
+    keys: jax.Array  # [B, K, S, H]
+    values: jax.Array  # [B, K, S, H]
     lengths: jax.Array  # [B] int32
 
 
-def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_tables(
+    positions_BT: jax.Array, head_dim: int, theta: float
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines `[B, T, H]` in fp32, rotate-half layout (RoFormer, arXiv 2104.09864)."""
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     angles = positions_BT.astype(jnp.float32)[..., None] * (theta**-exponents)[None, None, :]
@@ -47,16 +51,12 @@ def apply_rope(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Ar
 def choose_attention(requested: str, q_BTNH: jax.Array) -> str:
     """The kernel for an uncached pass: "cudnn" or "xla".
 
-    "auto" takes cuDNN's flash attention on NVIDIA GPUs from Ampere on for 16-bit inputs whose head
-    width it supports, and XLA elsewhere.
+    "auto" takes cuDNN's flash attention on NVIDIA GPUs for 16-bit inputs whose head width it
+    supports, and XLA elsewhere.
 
     Raises:
       UserError: cuDNN was asked for by name where it cannot run.
     """
-    if requested not in ATTENTION_KINDS:
-        raise UserError(
-            f"execution.attention = {requested!r}: use one of {', '.join(ATTENTION_KINDS)}"
-        )
     on_gpu = jax.default_backend() == "gpu"
     supported = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and q_BTNH.shape[-1] % 8 == 0
     if requested == "cudnn" and not (on_gpu and supported):
@@ -89,51 +89,128 @@ def causal_attention(
       kind: see `choose_attention`.
 
     Returns:
-      `[B, T, N, H]` in the dtype of the queries; scores and softmax are computed in fp32.
+      `[B, T, N, H]` in the dtype of the queries; softmax is computed in fp32.
     """
     if cached is not None:
         assert segment_ids_BT is None
-        return _attend_with_cache(q_BTNH, fresh, cached)
+        return _from_grouped(_attend_with_cache(_to_grouped(q_BTNH, fresh), fresh, cached))
     if choose_attention(kind, q_BTNH) == "cudnn":
         mask = None
         if segment_ids_BT is not None:
-            mask = (segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :])
+            mask = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
+        keys_BSKH, values_BSKH = (x.swapaxes(1, 2) for x in fresh)
         return jax.nn.dot_product_attention(
-            q_BTNH, fresh.keys, fresh.values, mask=mask, is_causal=True, implementation="cudnn"
+            q_BTNH, keys_BSKH, values_BSKH, mask=mask, is_causal=True, implementation="cudnn"
         )
-    scores_BKGTS = _scores(q_BTNH, fresh.keys)
-    visible = _causal_mask(q_BTNH.shape[1])[None]
-    if segment_ids_BT is not None:
-        visible = visible & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
-    scores_BKGTS = jnp.where(visible[:, None, None], scores_BKGTS, _MASKED)
-    return _weighted_values(jax.nn.softmax(scores_BKGTS, axis=-1), fresh.values, q_BTNH)
+    return _from_grouped(_blocked_attention(_to_grouped(q_BTNH, fresh), *fresh, segment_ids_BT))
 
 
-def _attend_with_cache(q_BTNH, fresh: KeyValue, cached: CachedKeyValue) -> jax.Array:
-    before = _scores(q_BTNH, cached.keys)
-    filled_BS = jnp.arange(cached.keys.shape[1])[None, :] < cached.lengths[:, None]
-    before = jnp.where(filled_BS[:, None, None, None, :], before, _MASKED)
-    among = _scores(q_BTNH, fresh.keys)
-    among = jnp.where(_causal_mask(q_BTNH.shape[1])[None, None, None], among, _MASKED)
-    weights = jax.nn.softmax(jnp.concatenate([before, among], axis=-1), axis=-1)
-    weights_before, weights_among = jnp.split(weights, [cached.keys.shape[1]], axis=-1)
-    return _weighted_values(weights_before, cached.values, q_BTNH) + _weighted_values(
-        weights_among, fresh.values, q_BTNH
-    )
-
-
-def _causal_mask(num_tokens: int) -> jax.Array:
-    return lax.iota(jnp.int32, num_tokens)[:, None] >= lax.iota(jnp.int32, num_tokens)[None, :]
-
-
-def _scores(q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
+def _to_grouped(q_BTNH: jax.Array, kv: KeyValue) -> jax.Array:
+    """Scaled queries as `[B, K, G, T, H]`: the G heads that share a kv head side by side."""
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H)
-    return jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    K = kv.keys.shape[1]
+    return (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
 
 
-def _weighted_values(weights_BKGTS: jax.Array, v_BSKH: jax.Array, like_BTNH: jax.Array):
-    weights_BKGTS = weights_BKGTS.astype(v_BSKH.dtype)
-    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
-    return out_BTKGH.reshape(like_BTNH.shape)
+def _from_grouped(out_BKGTH: jax.Array) -> jax.Array:
+    B, K, G, T, H = out_BKGTH.shape
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
+
+
+# Attention without a fused kernel: blocks of queries against the keys up to them, so that the
+# masked half is not computed and the scores of all tokens never exist at once; the backward pass
+# computes them again from the saved normaliser (the scheme of FlashAttention-2, arXiv 2307.08691).
+# Every product has the large operand as it lies in memory (M = G x block of queries, rows) and
+# transposes the small one: XLA on CPU would copy the scores otherwise, at half the step's time.
+
+
+def _query_blocks(num_tokens: int) -> list[tuple[int, int]]:
+    size = max(128, -(-num_tokens // 8))
+    return [(i, min(i + size, num_tokens)) for i in range(0, num_tokens, size)]
+
+
+def _rows(x_BKGTH: jax.Array, start: int, stop: int) -> jax.Array:
+    """The block's rows as `[B, K, M, H]`."""
+    block = x_BKGTH[:, :, :, start:stop]
+    return block.reshape(*block.shape[:2], -1, block.shape[-1])
+
+
+def _block_scores(q_BKMH, keys_BKSH, segment_ids_BT, start: int, stop: int) -> jax.Array:
+    """fp32 scores `[B, K, M, stop]`, masked."""
+    scores = _matmul("bkmh,bksh->bkms", q_BKMH, keys_BKSH[:, :, :stop])
+    visible = np.arange(start, stop)[:, None] >= np.arange(stop)[None, :]
+    visible = jnp.asarray(visible)[None]
+    if segment_ids_BT is not None:
+        own = segment_ids_BT[:, start:stop, None] == segment_ids_BT[:, None, :stop]
+        visible = visible & own
+    rows = (*scores.shape[:2], -1, stop - start, stop)
+    masked = jnp.where(visible[:, None, None], scores.reshape(rows), _MASKED)
+    return masked.reshape(scores.shape)
+
+
+_matmul = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _blocked_forward(q_BKGTH, keys_BKSH, values_BKSH, segment_ids_BT):
+    outs, normalizers = [], []
+    for start, stop in _query_blocks(q_BKGTH.shape[3]):
+        q = _rows(q_BKGTH, start, stop)
+        scores = _block_scores(q, keys_BKSH, segment_ids_BT, start, stop)
+        largest = lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+        weights = jnp.exp(scores - largest)
+        total = weights.sum(axis=-1, keepdims=True)
+        values = values_BKSH[:, :, :stop]
+        out = _matmul("bkms,bksh->bkmh", weights.astype(values.dtype), values) / total
+        grouped = (*q_BKGTH.shape[:3], stop - start, -1)
+        outs.append(out.astype(q_BKGTH.dtype).reshape(grouped))
+        normalizers.append((largest + jnp.log(total)).reshape(grouped))
+    return jnp.concatenate(outs, axis=3), jnp.concatenate(normalizers, axis=3)
+
+
+@jax.custom_vjp
+def _blocked_attention(q_BKGTH, keys_BKSH, values_BKSH, segment_ids_BT):
+    return _blocked_forward(q_BKGTH, keys_BKSH, values_BKSH, segment_ids_BT)[0]
+
+
+def _blocked_attention_forward(q_BKGTH, keys_BKSH, values_BKSH, segment_ids_BT):
+    out, normalizer = _blocked_forward(q_BKGTH, keys_BKSH, values_BKSH, segment_ids_BT)
+    return out, (q_BKGTH, keys_BKSH, values_BKSH, segment_ids_BT, out, normalizer)
+
+
+def _blocked_attention_backward(residuals, d_out_BKGTH):
+    q_BKGTH, keys_BKSH, values_BKSH, segment_ids_BT, out_BKGTH, normalizer_BKGT1 = residuals
+    dtype = q_BKGTH.dtype
+    d_q, d_keys_BKHS, d_values_BKHS = [], 0.0, 0.0
+    for start, stop in _query_blocks(q_BKGTH.shape[3]):
+        q, out, d_out, normalizer = (
+            _rows(x, start, stop) for x in (q_BKGTH, out_BKGTH, d_out_BKGTH, normalizer_BKGT1)
+        )
+        scores = _block_scores(q, keys_BKSH, segment_ids_BT, start, stop)
+        weights = jnp.exp(scores - normalizer)
+        d_weights = _matmul("bkmh,bksh->bkms", d_out, values_BKSH[:, :, :stop])
+        along = (d_out.astype(jnp.float32) * out).sum(axis=-1, keepdims=True)
+        d_scores = (weights * (d_weights - along)).astype(dtype)
+        d_q_block = _matmul("bkms,bksh->bkmh", d_scores, keys_BKSH[:, :, :stop])
+        d_q.append(d_q_block.astype(dtype).reshape(*q_BKGTH.shape[:3], stop - start, -1))
+        later = ((0, 0), (0, 0), (0, 0), (0, keys_BKSH.shape[2] - stop))
+        d_keys_BKHS += jnp.pad(_matmul("bkmh,bkms->bkhs", q, d_scores), later)
+        d_values_BKHS += jnp.pad(_matmul("bkmh,bkms->bkhs", d_out, weights.astype(dtype)), later)
+    d_keys, d_values = (x.swapaxes(2, 3).astype(dtype) for x in (d_keys_BKHS, d_values_BKHS))
+    return jnp.concatenate(d_q, axis=3), d_keys, d_values, None
+
+
+_blocked_attention.defvjp(_blocked_attention_forward, _blocked_attention_backward)
+
+
+def _attend_with_cache(q_BKGTH, fresh: KeyValue, cached: CachedKeyValue) -> jax.Array:
+    T, S = q_BKGTH.shape[3], cached.keys.shape[2]
+    q_BKMH = _rows(q_BKGTH, 0, T)
+    before = _matmul("bkmh,bksh->bkms", q_BKMH, cached.keys)
+    filled_BS = jnp.arange(S)[None, :] < cached.lengths[:, None]
+    before = jnp.where(filled_BS[:, None, None, :], before, _MASKED)
+    among = _block_scores(q_BKMH, fresh.keys, None, 0, T)
+    weights = jax.nn.softmax(jnp.concatenate([before, among], axis=-1), axis=-1)
+    weights_before, weights_among = jnp.split(weights.astype(fresh.values.dtype), [S], axis=-1)
+    out = _matmul("bkms,bksh->bkmh", weights_before, cached.values)
+    out += _matmul("bkms,bksh->bkmh", weights_among, fresh.values)
+    return out.astype(q_BKGTH.dtype).reshape(q_BKGTH.shape)

@@ -1,7 +1,8 @@
 """The parts of a block as linen modules; every weight names its logical axes.
 
-Logical axes of weights: layers, embed, heads, kv_heads, head_dim, ffn, vocab; of activations: batch,
-seq, act_embed, act_heads, act_ffn, head_dim. `mobilellm_jax.training.sharding` maps them to the mesh.
+Logical axes of weights: layers, embed, heads, kv_heads, head_dim, ffn, vocab; of activations:
+batch, seq, act_embed, act_heads, act_ffn, head_dim. `mobilellm_jax.training.sharding` maps them to
+the mesh.
 """
 
 from typing import NamedTuple
@@ -30,6 +31,30 @@ class TokenContext(NamedTuple):
 def _matrix(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]):
     init = nn.initializers.normal(module.config.init_std)
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+
+@jax.custom_vjp
+def project(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
+    """`x @ weight` in the dtype of x, with a backward pass laid out for XLA on CPU.
+
+    The weight's gradient is x^T @ dy. Left to itself, JAX asks for (dy^T @ x)^T, for which XLA
+    transposes dy, and with it all the elementwise work that is fused into it.
+    """
+    return jnp.einsum("BTD,DF->BTF", x_BTD, weight_DF.astype(x_BTD.dtype))
+
+
+def _project_forward(x_BTD, weight_DF):
+    return project(x_BTD, weight_DF), (x_BTD, weight_DF)
+
+
+def _project_backward(residuals, d_out_BTF):
+    x_BTD, weight_DF = residuals
+    d_x = jnp.einsum("BTF,DF->BTD", d_out_BTF, weight_DF.astype(x_BTD.dtype))
+    d_weight = jnp.einsum("BTD,BTF->DF", x_BTD, d_out_BTF)
+    return d_x, d_weight.astype(weight_DF.dtype)
+
+
+project.defvjp(_project_forward, _project_backward)
 
 
 class RMSNorm(nn.Module):
@@ -64,30 +89,32 @@ class Attention(nn.Module):
 
         `given` takes the place of this visit's own keys and values (`shared_kv="first_visit"`).
         """
-        c, dtype = self.config, x_BTD.dtype
+        c = self.config
         N, K, D, H = c.num_heads, c.num_kv_heads, c.embed_dim, c.head_dim
+        B, T, _ = x_BTD.shape
         query = _matrix(self, "query", (D, N, H), ("embed", "heads", "head_dim"))
         output = _matrix(self, "output", (N, H, D), ("heads", "head_dim", "embed"))
-        q = jnp.einsum("BTD,DNH->BTNH", x_BTD, query.astype(dtype))
-        q = apply_rope(q, context.rope)
+        q_BTNH = project(x_BTD, query.reshape(D, N * H)).reshape(B, T, N, H)
+        q_BTNH = apply_rope(q_BTNH, context.rope)
         if given is None:
             key = _matrix(self, "key", (D, K, H), ("embed", "kv_heads", "head_dim"))
             value = _matrix(self, "value", (D, K, H), ("embed", "kv_heads", "head_dim"))
-            k = jnp.einsum("BTD,DKH->BTKH", x_BTD, key.astype(dtype))
-            v = jnp.einsum("BTD,DKH->BTKH", x_BTD, value.astype(dtype))
-            given = KeyValue(apply_rope(k, context.rope), v)
-        q = nn.with_logical_constraint(q, ("batch", "seq", "act_heads", "head_dim"))
+            k_BTKH = project(x_BTD, key.reshape(D, K * H)).reshape(B, T, K, H)
+            v_BTKH = project(x_BTD, value.reshape(D, K * H)).reshape(B, T, K, H)
+            k_BTKH = apply_rope(k_BTKH, context.rope)
+            given = KeyValue(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
+        q_BTNH = nn.with_logical_constraint(q_BTNH, ("batch", "seq", "act_heads", "head_dim"))
         if cached is not None:
             cached = CachedKeyValue(*cached, context.cache_lengths)
         with jax.named_scope("attend"):
-            attended = causal_attention(
-                q,
+            attended_BTNH = causal_attention(
+                q_BTNH,
                 given,
                 segment_ids_BT=context.segment_ids,
                 cached=cached,
                 kind=self.attention_kind,
             )
-        return jnp.einsum("BTNH,NHD->BTD", attended, output.astype(dtype)), given
+        return project(attended_BTNH.reshape(B, T, N * H), output.reshape(N * H, D)), given
 
 
 class FeedForward(nn.Module):
@@ -97,17 +124,17 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        c, dtype = self.config, x_BTD.dtype
+        c = self.config
         up = _matrix(self, "up", (c.embed_dim, c.ffn_dim), ("embed", "ffn"))
         down = _matrix(self, "down", (c.ffn_dim, c.embed_dim), ("ffn", "embed"))
-        hidden = jnp.einsum("BTD,DF->BTF", x_BTD, up.astype(dtype))
+        hidden = project(x_BTD, up)
         if c.ffn == "swiglu":
             gate = _matrix(self, "gate", (c.embed_dim, c.ffn_dim), ("embed", "ffn"))
-            hidden = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x_BTD, gate.astype(dtype))) * hidden
+            hidden = jax.nn.silu(project(x_BTD, gate)) * hidden
         else:
             hidden = jax.nn.relu(hidden)
         hidden = nn.with_logical_constraint(hidden, ("batch", "seq", "act_ffn"))
-        return jnp.einsum("BTF,FD->BTD", hidden, down.astype(dtype))
+        return project(hidden, down)
 
 
 class Block(nn.Module):

@@ -1,8 +1,8 @@
 """`MobileLLM`: one module for every model of the paper.
 
-The blocks' weights are stacked on a leading `layers` axis and run by `nn.scan`, whatever the sharing
-order and however the layers are executed: layer sharing scans over the same weights again, so a
-shared block exists once in memory, in the gradient and on disk.
+The blocks' weights are stacked on a leading `layers` axis and run by `nn.scan`, whatever the
+sharing order and however the layers are executed: layer sharing scans over the same weights again,
+so a shared block exists once in memory, in the gradient and on disk.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class KVCache:
     """Keys and values of the tokens so far, with a static capacity of S tokens.
 
     Attributes:
-      keys: `[L, R', B, S, K, H]`, R' = `ModelConfig.num_cached_visits`.
+      keys: `[L, R', B, K, S, H]`, R' = `ModelConfig.num_cached_visits`.
       values: the same shape.
       lengths: int32 `[B]`, tokens held in each row; slots from there on are unused.
     """
@@ -68,7 +68,7 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """S, the number of tokens that fit."""
-        return self.keys.shape[3]
+        return self.keys.shape[4]
 
 
 class MobileLLM(nn.Module):
@@ -135,7 +135,7 @@ class MobileLLM(nn.Module):
           capacity: S >= T, tokens that the cache can hold.
         """
         x_BTD, fresh = self._run(tokens_BT, collect_key_values=True)
-        free = ((0, 0),) * 3 + ((0, capacity - tokens_BT.shape[1]),) + ((0, 0),) * 2
+        free = ((0, 0),) * 4 + ((0, capacity - tokens_BT.shape[1]), (0, 0))
         return x_BTD, KVCache(
             jnp.pad(fresh.keys, free), jnp.pad(fresh.values, free), lengths_B.astype(jnp.int32)
         )
@@ -151,9 +151,9 @@ class MobileLLM(nn.Module):
         slots_BT = cache.lengths[:, None] + jnp.arange(T)[None, :]
 
         def store(held, new):
-            # The indexed axes B and T come first in the result of `.at[:, :, rows, slots]`'s
-            # update only when separated by slices; adjacent ones stay in place: [L, R', B, T, ..].
-            return held.at[:, :, rows, slots_BT].set(new.astype(held.dtype), mode="drop")
+            # Indexing B and S around the slice of K moves them to the front of the update.
+            new = new.transpose(2, 4, 0, 1, 3, 5).astype(held.dtype)
+            return held.at[:, :, rows, :, slots_BT].set(new, mode="drop")
 
         return x_BTD, KVCache(
             store(cache.keys, fresh.keys), store(cache.values, fresh.values), cache.lengths + T
@@ -167,7 +167,7 @@ class MobileLLM(nn.Module):
         cache: KVCache | None = None,
         collect_key_values: bool = False,
     ) -> tuple[jax.Array, KeyValue | None]:
-        """Embeds, runs all visits and the final norm; key/values are `[L, R', B, T, K, H]`."""
+        """Embeds, runs all visits and the final norm; key/values are `[L, R', B, K, T, H]`."""
         c = self.config
         positions_BT = jnp.arange(tokens_BT.shape[1])[None, :]
         if cache is not None:
@@ -249,7 +249,7 @@ class MobileLLM(nn.Module):
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
     """Fresh fp32 parameters: N(0, `init_std`) matrices, unit norms; a plain nested dict."""
-    return nn.unbox(_init_boxed(config, key))
+    return jax.jit(lambda key: nn.unbox(_init_boxed(config, key)))(key)
 
 
 def abstract_params(config: ModelConfig) -> dict:
@@ -264,5 +264,6 @@ def logical_axes(config: ModelConfig) -> dict:
 
 
 def _init_boxed(config: ModelConfig, key: jax.Array) -> dict:
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return MobileLLM(config).init(key, tokens)["params"]
+    # The weights do not depend on how often they are visited; visiting once compiles faster.
+    visited_once = dataclasses.replace(config, sharing="none", num_repeats=1, shared_kv="own")
+    return MobileLLM(visited_once).init(key, jnp.zeros((1, 1), jnp.int32))["params"]

@@ -9,7 +9,7 @@ from mobilellm_jax.model.config import ModelConfig
 
 
 def parse_mixture(path: str) -> list[tuple[str, float]]:
-    """"DIR" or "DIR=0.7,DIR=0.3" as (folder, weight) pairs."""
+    """ "DIR" or "DIR=0.7,DIR=0.3" as (folder, weight) pairs."""
     if not path:
         raise UserError("config.data.path is empty: name a folder made by `mobilellm prepare`")
     pairs = []

@@ -82,9 +82,7 @@ def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, slices):
         is_target = targets[..., None] == vocab[None, None, :]
         d_logits = ((probabilities - is_target) * weights[..., None]).astype(hidden.dtype)
         d_hidden = jnp.einsum("BCV,VD->BCD", d_logits, head_VD.astype(hidden.dtype))
-        d_head_VD += jnp.einsum(
-            "BCV,BCD->VD", d_logits, hidden, preferred_element_type=jnp.float32
-        )
+        d_head_VD += jnp.einsum("BCV,BCD->VD", d_logits, hidden, preferred_element_type=jnp.float32)
         return (total + loss, d_head_VD), d_hidden
 
     start = (jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32))

@@ -97,14 +97,15 @@ def load_config(path: str, overrides: list[str] = ()) -> ml_collections.ConfigDi
         if not re.match(r"--config\.[\w.]+=", override):
             raise UserError(f"{override}: write --config.KEY=VALUE")
     # A flag registry of our own: nothing is defined at import time, nothing can collide.
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+    values, arguments = flags.FlagValues(), ["train", f"--config={path}", *overrides]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
     try:
-        values(["train", f"--config={path}", *overrides])
+        values(arguments)
         config = values["config"].value
         _ = config.train.num_steps
     except (AttributeError, KeyError, TypeError, ValueError, flags.Error, SyntaxError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+        text = str(error.args[0] if error.args else error)  # a KeyError shows itself quoted
+        raise UserError(f"{path} {' '.join(overrides)}: {' '.join(text.split())}") from error
     _validate(config)
     return config
 
@@ -127,9 +128,12 @@ def _validate(config: ml_collections.ConfigDict) -> None:
         ("checkpoint.keep_last", 1),
         ("checkpoint.keep_every", 0),
         ("optimizer.warmup_steps", 0),
+        ("optimizer.peak_lr", 0),
+        ("optimizer.weight_decay", 0),
+        ("optimizer.clip_norm", 0),
     ):
         section, name = key.split(".")
-        if (value := config[section][name]) < minimum:
+        if not (value := config[section][name]) >= minimum:
             raise UserError(f"config.{key} = {value}: use {minimum} or more")
     if config.train.global_batch_size % config.train.accumulation_steps:
         raise UserError(

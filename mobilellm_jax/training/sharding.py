@@ -14,8 +14,8 @@ from mobilellm_jax.model.transformer import abstract_params, logical_axes
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axis. `data` splits the batch; `fsdp` splits the batch and, along `embed`, the
-# weights and the optimizer state; `tensor` splits heads, ffn and vocabulary.
+# Logical axis -> mesh axis. `data` splits the batch; `fsdp` splits the batch and, along `embed`,
+# the weights and the optimizer state; `tensor` splits heads, ffn and vocabulary.
 RULES = (
     ("batch", ("data", "fsdp")),
     ("seq", None),
@@ -96,9 +96,7 @@ def params_shardings(config: ModelConfig, mesh: Mesh) -> dict:
     return shardings
 
 
-def opt_state_shardings(
-    optimizer: optax.GradientTransformation, config: ModelConfig, mesh: Mesh
-):
+def opt_state_shardings(optimizer: optax.GradientTransformation, config: ModelConfig, mesh: Mesh):
     """Moments lie where their parameters lie; counters are on every device."""
     abstract = jax.eval_shape(optimizer.init, abstract_params(config))
     return optax.tree.map_params(

@@ -39,9 +39,7 @@ def loss_sum(
     """
     model = MobileLLM(config, execution)
     segment_ids = batch["segment_ids"] if mask_documents else None
-    hidden = model.apply(
-        {"params": params}, batch["inputs"], segment_ids, method="hidden_states"
-    )
+    hidden = model.apply({"params": params}, batch["inputs"], segment_ids, method="hidden_states")
     head_VD = params["embedding"] if config.tie_embeddings else params["head"].T
     with jax.named_scope("loss"):
         return cross_entropy_sum(
@@ -98,7 +96,7 @@ def make_train_step(
             params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
         }
         return TrainState(state.step + 1, params, opt_state), metrics

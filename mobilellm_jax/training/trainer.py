@@ -170,8 +170,11 @@ class _Run:
         saved = restored.metadata.get("sample_order")
         now = self.sample_order()
         if saved is not None and saved != now:
-            different = [f"{key} was {saved.get(key)}, is {now[key]}" for key in now
-                         if saved.get(key) != now[key]]
+            different = [
+                f"{key} was {saved.get(key)}, is {now[key]}"
+                for key in now
+                if saved.get(key) != now[key]
+            ]
             raise UserError(
                 f"{checkpoints.directory}: the order of samples would change: "
                 f"{'; '.join(different)}. Restore these settings, or use another workdir"
@@ -321,8 +324,7 @@ class _Run:
         batches = eval_batches(
             self.datasets[0][0],
             "valid",
-            batch_size=self.config.train.global_batch_size
-            // self.config.train.accumulation_steps,
+            batch_size=self.config.train.global_batch_size // self.config.train.accumulation_steps,
             max_records=self.config.eval.num_records,
             process_index=jax.process_index(),
             process_count=jax.process_count(),

@@ -1,0 +1,142 @@
+"""The command line: help that teaches, errors that name the mend, the verbs one after another."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from prepared import make_documents
+
+from mobilellm_jax.cli import VERBS, main
+
+
+def run(capsys, *arguments):
+    """Exit status and output of `mobilellm ...`, argparse's own exits included."""
+    try:
+        status = main([str(a) for a in arguments])
+    except SystemExit as exit_:
+        status = exit_.code
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb_has_an_example_that_parses(verb, capsys):
+    status, text = run(capsys, verb, "--help")
+    assert status == 0
+    example = text[text.index("example") :].replace("\\\n", " ")
+    lines = [line.strip() for line in example.splitlines() if line.strip().startswith("mobilellm ")]
+    assert lines
+    known = set(re.findall(r"--[\w.]+", text[: text.index("example")])) | {"--help"}
+    for line in lines:
+        words = shlex.split(line)
+        assert words[1] == verb
+        flags = {word.split("=")[0] for word in words if word.startswith("--")}
+        assert {flag for flag in flags if not flag.startswith("--config.")} <= known
+
+
+def test_help_of_the_whole_shows_the_way_from_text_to_model(capsys):
+    status, text = run(capsys, "--help")
+    assert status == 0
+    assert [verb for verb in VERBS if f"mobilellm {verb}" in text] == list(VERBS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "VERB"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["generate", "--checkpoint", "nowhere", "--prompt", "a"], "nowhere: no such folder"),
+        (["generate", "--checkpoint", "nowhere"], "no prompt"),
+        (["generate", "--checkpoint", ".", "--prompt", "a", "--max_token", "3"], "--max_token"),
+        (["evaluate", "--checkpoint", "nowhere", "--data", "x"], "nowhere: no such folder"),
+        (["evaluate", "--checkpoint", "nowhere"], "--data"),
+        (["train", "--config", "nowhere.py", "--workdir", "w"], "nowhere.py: no such file"),
+        (["train", "--config", "a.py", "--workdir", "w", "--conifg.a=1"], "--conifg.a=1"),
+        (["convert", "--to", "hf", "--output", "x"], "needs --checkpoint"),
+        (["prepare", "--input", "nowhere.txt", "--output", "x"], "nowhere.txt"),
+    ],
+)
+def test_mistakes_exit_2_and_name_what_is_wrong(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, text = run(capsys, *arguments)
+    assert status == 2 and message in text, text
+    assert "Traceback" not in text
+
+
+def test_python_m_is_the_same_command():
+    out = subprocess.run(
+        [sys.executable, "-m", "mobilellm_jax", "--version"], capture_output=True, text=True
+    )
+    assert out.returncode == 0 and re.fullmatch(r"\d+\.\d+\.\d+\n", out.stdout)
+
+
+CONFIG = """
+from mobilellm_jax.training.run_config import default_config
+
+def get_config():
+    config = default_config()
+    config.model.update(num_layers=2, num_heads=2, num_kv_heads=1, embed_dim=16, ffn_dim=32,
+        head_dim=8, vocab_size=300, max_seq_len=32, sharing="reverse", num_repeats=2)
+    config.train.update(num_steps=3, global_batch_size=8)
+    config.optimizer.update(peak_lr=1e-2, warmup_steps=1)
+    return config
+"""
+
+
+def test_from_text_to_folder_and_back(capsys, tmp_path, monkeypatch):
+    """prepare, train, evaluate, generate and convert, each fed with what the last one wrote."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.py").write_text(CONFIG)
+    (tmp_path / "text").mkdir()
+    for number, document in enumerate(make_documents(40)):
+        (tmp_path / "text" / f"{number}.txt").write_text(document)
+
+    def mobilellm(line):
+        status, text = run(capsys, *shlex.split(line))
+        assert status == 0, text
+        return text
+
+    mobilellm(
+        "prepare --input text --vocab_size 300 --sequence_length 32 --valid_fraction 0.2 "
+        "--workers 1 --output data"
+    )
+    mobilellm("train --config config.py --workdir run --config.data.path=data --config.mesh.data=8")
+    measured = mobilellm("evaluate --checkpoint run --data data --output figures.json")
+    assert re.search(r"perplexity +\d", measured) and (tmp_path / "figures.json").exists()
+    written = mobilellm('generate --checkpoint run --prompt "the cat" --max_tokens 8 --seed 1')
+    assert written.startswith("the cat")
+    both = mobilellm('generate --checkpoint run --prompt "the" --prompt "a dog" --max_tokens 4')
+    assert "--- 1\nthe" in both and "--- 2\na dog" in both
+    mobilellm("convert --to hf --checkpoint run --output folder")
+    mobilellm("convert --from hf --input folder --output imported")
+
+    figures = [
+        re.findall(r"loss +([\d.]+)", mobilellm(f"evaluate --checkpoint {path} --data data"))
+        for path in ("run", "run/checkpoints/3", "folder", "imported")
+    ]
+    assert figures[0] and all(found == figures[0] for found in figures)
+    greedy = [
+        mobilellm(f'generate --checkpoint {path} --prompt "the" --max_tokens 8 --temperature 0')
+        for path in ("run", "folder", "imported")
+    ]
+    assert len(set(greedy)) == 1
+
+
+def test_a_prompt_longer_than_the_context_is_refused(capsys, tmp_path, monkeypatch):
+    from model_cases import random_params, tiny
+    from prepared import DOCUMENTS
+
+    import mobilellm_jax
+    from mobilellm_jax.data.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(DOCUMENTS, 300, tmp_path / "t.model")
+    config = tiny(vocab_size=300, max_seq_len=16)
+    mobilellm_jax.save_hf(
+        tmp_path / "m", config, random_params(config), tokenizer_model=tokenizer.model_bytes
+    )
+    status, text = run(
+        capsys, "generate", "--checkpoint", tmp_path / "m", "--prompt", "cat dog " * 40
+    )
+    assert status == 2 and re.search(r"prompt 1 has \d+ tokens, the context .* holds 16", text)

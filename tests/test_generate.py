@@ -1,0 +1,156 @@
+"""Generation: what comes out equals a plain loop over the full model, however it is asked for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_cases import random_params, tiny
+from prepared import DOCUMENTS
+
+from mobilellm_jax.data.tokenizer import train_tokenizer
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.inference.generate import generate, generate_tokens
+from mobilellm_jax.inference.sampling import Sampling, sample
+from mobilellm_jax.model.transformer import MobileLLM
+
+CONFIG = tiny("repeat_all", 2)
+PARAMS = random_params(CONFIG, 3)
+PROMPTS = [[5, 1, 9], [7], [3, 3, 8, 20, 41, 2]]
+GREEDY = Sampling(temperature=0)
+
+
+def tokens_of(prompts, **options):
+    options = {"max_tokens": 6, "sampling": GREEDY} | options
+    return np.stack(list(generate_tokens(CONFIG, PARAMS, prompts, **options)), axis=1)
+
+
+def plain_greedy(prompt, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        logits = MobileLLM(CONFIG).apply({"params": PARAMS}, jnp.array([tokens]))
+        tokens.append(int(logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_greedy_equals_a_plain_loop_for_prompts_of_different_lengths():
+    expected = [plain_greedy(prompt, 6) for prompt in PROMPTS]
+    np.testing.assert_array_equal(tokens_of(PROMPTS), expected)
+
+
+def test_rows_do_not_depend_on_their_neighbours():
+    sampling = Sampling(temperature=1.0, top_k=20, top_p=0.9)
+    together = tokens_of(PROMPTS, sampling=sampling, seed=4)
+    other_neighbours = tokens_of([PROMPTS[0], [1] * 9, PROMPTS[2]], sampling=sampling, seed=4)
+    np.testing.assert_array_equal(together[[0, 2]], other_neighbours[[0, 2]])
+
+
+def test_seed_decides_the_text():
+    sampling = Sampling(temperature=1.0)
+    first = tokens_of(PROMPTS, sampling=sampling, seed=1)
+    np.testing.assert_array_equal(first, tokens_of(PROMPTS, sampling=sampling, seed=1))
+    assert not np.array_equal(first, tokens_of(PROMPTS, sampling=sampling, seed=2))
+
+
+def test_a_row_stops_at_eos_and_the_others_go_on():
+    free = tokens_of(PROMPTS)
+    eos = int(free[0, 2])
+    stopped = tokens_of(PROMPTS, stop_ids=frozenset({eos}))
+    for row in range(len(PROMPTS)):
+        where = np.flatnonzero(free[row] == eos)
+        end = where[0] + 1 if len(where) else free.shape[1]
+        np.testing.assert_array_equal(stopped[row, :end], free[row, :end])
+        assert (stopped[row, end:] == -1).all()
+    assert (stopped[0, 3:] == -1).all()
+
+
+def test_generation_ends_when_every_row_has_stopped():
+    eos = plain_greedy(PROMPTS[0], 1)[0]
+    assert tokens_of(PROMPTS[:1], max_tokens=50, stop_ids=frozenset({eos})).shape == (1, 1)
+
+
+def test_generation_ends_at_the_context():
+    prompt = [1] * (CONFIG.max_seq_len - 3)
+    assert tokens_of([prompt], max_tokens=50).shape == (1, 3)
+    np.testing.assert_array_equal(tokens_of([prompt], max_tokens=50)[0], plain_greedy(prompt, 3))
+
+
+def test_tokens_come_as_they_are_made():
+    stream = generate_tokens(CONFIG, PARAMS, PROMPTS, max_tokens=3, sampling=GREEDY)
+    assert next(stream).shape == (3,)
+    assert len(list(stream)) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "no prompt"),
+        ([[1], []], "prompt 2 is empty"),
+        ([[1] * 64], "prompt 1 has 64 tokens, the context of the model holds 64"),
+        ([[53]], "token id 53, the vocabulary has 53"),
+        ([[-1]], "token id -1"),
+    ],
+)
+def test_bad_prompts_are_refused(prompts, message):
+    with pytest.raises(UserError, match=message):
+        tokens_of(prompts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature = -1.0"),
+        ({"temperature": float("nan")}, "temperature = nan"),
+        ({"top_k": -1}, "top_k = -1"),
+        ({"top_p": 0.0}, "top_p = 0.0"),
+        ({"top_p": 1.1}, "top_p = 1.1"),
+    ],
+)
+def test_bad_sampling_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        Sampling(**settings)
+
+
+def frequencies(sampling, draws=20_000):
+    probabilities = np.array([0.4, 0.3, 0.2, 0.06, 0.04])
+    logits = jnp.broadcast_to(jnp.log(probabilities)[None, :], (draws, 5))
+    chosen = sample(logits, jax.random.split(jax.random.key(0), draws), sampling)
+    return np.bincount(chosen, minlength=5) / draws
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(temperature=1.0), [0.4, 0.3, 0.2, 0.06, 0.04]),
+        (Sampling(temperature=0.5), np.array([0.16, 0.09, 0.04, 0.0036, 0.0016]) / 0.2952),
+        (Sampling(temperature=1.0, top_k=2), [4 / 7, 3 / 7, 0, 0, 0]),
+        # 0.4 + 0.3 < 0.75: the third token is needed to reach it, the fourth is not.
+        (Sampling(temperature=1.0, top_p=0.75), [4 / 9, 3 / 9, 2 / 9, 0, 0]),
+        (Sampling(temperature=1.0, top_p=0.01), [1, 0, 0, 0, 0]),
+        (Sampling(temperature=1.0, top_k=3, top_p=0.5), [4 / 7, 3 / 7, 0, 0, 0]),
+        (Sampling(temperature=0), [1, 0, 0, 0, 0]),
+    ],
+)
+def test_samples_follow_the_distribution(sampling, expected):
+    np.testing.assert_allclose(frequencies(sampling), expected, atol=0.015)
+    assert (frequencies(sampling)[np.asarray(expected) == 0] == 0).all()
+
+
+def test_streamed_pieces_make_up_the_text(tmp_path):
+    tokenizer = train_tokenizer(DOCUMENTS, 300, tmp_path / "tokenizer.model")
+    config = tiny(vocab_size=tokenizer.vocab_size)
+    params = random_params(config)
+    pieces = ["", ""]
+
+    def collect(row, piece):
+        pieces[row] += piece
+
+    texts = generate(
+        config,
+        params,
+        tokenizer,
+        [DOCUMENTS[0][:20], "日本"],
+        max_tokens=30,
+        sampling=Sampling(temperature=1.5),
+        on_text=collect,
+    )
+    assert pieces == texts and all(texts)

@@ -1,0 +1,221 @@
+"""The training step: accumulation, token weights, precision, sharding."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from model_cases import ALL_KINDS, random_params, tiny
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.transformer import Execution, MobileLLM
+from mobilellm_jax.training import sharding
+from mobilellm_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from mobilellm_jax.training.run_config import default_config
+from mobilellm_jax.training.step import (
+    TrainState,
+    all_finite,
+    loss_sum,
+    make_eval_step,
+    make_train_step,
+    split_batch,
+)
+
+ATOL = 2e-6  # fp32, sums taken in another order
+CONFIG = tiny("immediate", 2)
+B, T = 8, 12
+
+
+def make_batch(config=CONFIG):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab_size, (B, T + 1)).astype(np.int32)
+    weights = (rng.random((B, T)) > 0.4).astype(np.float32)
+    weights[0] = 0  # rows of very different numbers of tokens
+    segments = np.sort(rng.integers(1, 4, (B, T)), axis=1).astype(np.int32)
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_weights": weights,
+        "segment_ids": segments,
+    }
+
+
+def optimizer_and_schedule():
+    settings = default_config().optimizer
+    settings.update(peak_lr=1e-2, warmup_steps=1)
+    return make_optimizer(settings, 10), learning_rate_schedule(settings, 10)
+
+
+def make_state(config=CONFIG):
+    params = random_params(config)
+    return TrainState(jnp.int32(0), params, optimizer_and_schedule()[0].init(params))
+
+
+def run_steps(config=CONFIG, execution=Execution(), steps=3, **options):
+    optimizer, schedule = optimizer_and_schedule()
+    chex.clear_trace_counter()
+    step = make_train_step(config, execution, optimizer, schedule, **options)
+    step = jax.jit(chex.assert_max_traces(step, n=1))
+    state, losses = make_state(config), []
+    for _ in range(steps):
+        state, metrics = step(state, make_batch(config))
+        losses.append(metrics["loss"])
+    return state, np.array(losses), metrics
+
+
+def test_loss_is_the_mean_over_weighted_tokens_of_the_model():
+    state, batch = make_state(), make_batch()
+    logits = MobileLLM(CONFIG).apply({"params": state.params}, batch["inputs"])
+    log_probs = np.asarray(jax.nn.log_softmax(logits))
+    of_target = np.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0]
+    expected = -(of_target * batch["loss_weights"]).sum() / batch["loss_weights"].sum()
+    _, losses, metrics = run_steps(steps=1)
+    np.testing.assert_allclose(losses[0], expected, rtol=1e-5)
+    assert set(metrics) == {"loss", "grad_norm", "learning_rate"}
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_accumulation_equals_the_large_batch(parts):
+    state, losses, metrics = run_steps()
+    accumulated, parts_losses, parts_metrics = run_steps(accumulation_steps=parts)
+    np.testing.assert_allclose(parts_losses, losses, atol=ATOL)
+    np.testing.assert_allclose(parts_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-4)
+    chex.assert_trees_all_close(accumulated.params, state.params, atol=2e-4)
+
+
+def test_gradient_accumulates_to_the_same_gradient():
+    """Before AdamW, which divides small differences by small numbers."""
+    state, batch = make_state(), make_batch()
+    grad = jax.jit(jax.grad(loss_sum), static_argnums=(2, 3, 4))
+    whole = grad(state.params, batch, CONFIG, Execution(), False)
+    parts = split_batch(batch, 4)
+    total = None
+    for i in range(4):
+        part = jax.tree.map(lambda x, i=i: x[i], parts)
+        new = grad(state.params, part, CONFIG, Execution(), False)
+        total = new if total is None else jax.tree.map(jnp.add, total, new)
+    chex.assert_trees_all_close(total, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_split_batch_takes_rows_in_turn():
+    parts = split_batch({"x": jnp.arange(8)[:, None]}, 2)["x"]
+    chex.assert_trees_all_equal(parts[:, :, 0], jnp.array([[0, 2, 4, 6], [1, 3, 5, 7]]))
+
+
+def test_documents_are_masked_only_when_asked():
+    state, batch = make_state(), make_batch()
+    open_loss, masked = (
+        make_eval_step(CONFIG, Execution(), mask_documents=mask)(state.params, batch)[0]
+        for mask in (False, True)
+    )
+    logits = MobileLLM(CONFIG).apply(
+        {"params": state.params}, batch["inputs"], batch["segment_ids"]
+    )
+    of_target = np.take_along_axis(
+        np.asarray(jax.nn.log_softmax(logits)), batch["targets"][..., None], -1
+    )[..., 0]
+    np.testing.assert_allclose(masked, -(of_target * batch["loss_weights"]).sum(), rtol=1e-5)
+    assert abs(open_loss - masked) > 1e-3
+
+
+def test_bfloat16_keeps_fp32_master_weights_and_moments():
+    state, losses, _ = run_steps(execution=Execution(dtype="bfloat16"))
+    for leaf in jax.tree.leaves((state.params, state.opt_state)):
+        assert leaf.dtype in (jnp.float32, jnp.int32)
+    _, exact, _ = run_steps()
+    np.testing.assert_allclose(losses, exact, rtol=2e-2)
+    assert not np.array_equal(losses, exact)
+
+
+def test_all_finite_sees_a_single_bad_weight():
+    params = jax.tree.map(np.array, make_state().params)
+    assert all_finite(params)
+    params["blocks"]["ffn"]["up"][1, 2, 3] = np.inf
+    assert not all_finite(params)
+
+
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2), (1, 4, 2)]
+
+
+def run_sharded(config, mesh_shape, steps=3, **options):
+    settings = default_config().mesh
+    settings.data, settings.fsdp, settings.tensor = mesh_shape
+    mesh = sharding.make_mesh(settings)
+    optimizer, schedule = optimizer_and_schedule()
+    shardings = TrainState(
+        sharding.replicated(mesh),
+        sharding.params_shardings(config, mesh),
+        sharding.opt_state_shardings(optimizer, config, mesh),
+    )
+    step = make_train_step(config, Execution(), optimizer, schedule, **options)
+    with sharding.on_mesh(mesh):
+        step = jax.jit(
+            step,
+            in_shardings=(shardings, sharding.batch_sharding(mesh)),
+            out_shardings=(shardings, sharding.replicated(mesh)),
+            donate_argnums=0,
+        )
+        state, losses = jax.device_put(make_state(config), shardings), []
+        for _ in range(steps):
+            state, metrics = step(state, jax.device_put(make_batch(config)))
+            losses.append(metrics["loss"])
+    return state, np.array(losses)
+
+
+@pytest.mark.parametrize("mesh_shape", MESHES)
+def test_every_mesh_trains_like_one_device(mesh_shape, devices):
+    state, losses, _ = run_steps()
+    sharded, sharded_losses = run_sharded(CONFIG, mesh_shape)
+    np.testing.assert_allclose(sharded_losses, losses, atol=ATOL)
+    chex.assert_trees_all_close(jax.device_get(sharded.params), state.params, atol=2e-4)
+    data, fsdp, tensor = mesh_shape
+    up = sharded.params["blocks"]["ffn"]["up"]
+    assert up.sharding.spec == P(None, "fsdp", "tensor")
+    assert up.addressable_shards[0].data.size == up.size // (fsdp * tensor)
+    moments = jax.tree.leaves(sharded.opt_state[1][0].mu)
+    assert [m.sharding for m in moments] == [p.sharding for p in jax.tree.leaves(sharded.params)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL_KINDS)
+def test_every_sharing_order_trains_sharded(name, devices):
+    config = ALL_KINDS[name]
+    shape = (4, 2, 1) if config.num_kv_heads == 1 else (2, 2, 2)
+    state, losses, _ = run_steps(config, accumulation_steps=2)
+    sharded, sharded_losses = run_sharded(config, shape, accumulation_steps=2)
+    np.testing.assert_allclose(sharded_losses, losses, atol=ATOL)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3, 1, 1), "data=3, fsdp=1, tensor=1.* does not multiply to the 8 devices"),
+        ((-1, 3, 1), "does not multiply to the 8 devices"),
+        ((-1, -1, 1), "does not multiply to the 8 devices"),
+    ],
+)
+def test_meshes_that_do_not_fit_the_devices_are_refused(shape, message, devices):
+    settings = default_config().mesh
+    settings.data, settings.fsdp, settings.tensor = shape
+    with pytest.raises(UserError, match=message):
+        sharding.make_mesh(settings)
+
+
+def test_axes_that_do_not_divide_are_refused(devices):
+    settings = default_config().mesh
+    settings.data, settings.tensor = 1, 8
+    mesh = sharding.make_mesh(settings)
+    with pytest.raises(UserError, match="tensor = 8 does not divide"):
+        sharding.params_shardings(CONFIG, mesh)
+
+
+def test_every_logical_axis_has_a_rule():
+    names = {
+        name
+        for spec in jax.tree.leaves(
+            sharding.logical_axes(CONFIG), is_leaf=lambda x: isinstance(x, P)
+        )
+        for name in spec
+    }
+    assert names <= {name for name, _ in sharding.RULES}

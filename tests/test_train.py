@@ -1,0 +1,228 @@
+"""The training command as a process: resume, signals, damage and refusals."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prepared import make_documents, run_prepare, write_lines
+
+from mobilellm_jax import load
+from mobilellm_jax.training.checkpoints import load_metadata
+from mobilellm_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+CONFIG = """
+from mobilellm_jax.training.run_config import default_config
+
+def get_config():
+    config = default_config()
+    config.model.update(num_layers=2, num_heads=2, num_kv_heads=1, embed_dim=16, ffn_dim=32,
+        head_dim=8, vocab_size=300, max_seq_len=32, sharing="immediate", num_repeats=2)
+    config.train.num_steps = 12
+    config.train.global_batch_size = 8
+    config.optimizer.update(peak_lr=1e-2, warmup_steps=2)
+    config.log.every_steps = 1
+    config.eval.update(every_steps=4, num_records=8)
+    config.checkpoint.update(every_steps=4, keep_last=2)
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a config, a dataset of 32-token records, and a finished run."""
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "config.py").write_text(CONFIG)
+    lines = write_lines(folder / "text.jsonl", make_documents(200))
+    run_prepare([lines], folder / "data", vocab_size=300, valid_fraction=0.1)
+    finished = run(folder, "whole")
+    assert finished.returncode == 0, finished.stderr
+    return folder
+
+
+def command(home, name, *overrides):
+    return [
+        sys.executable, "-m", "mobilellm_jax", "train", "--config", str(home / "config.py"),
+        "--workdir", str(home / name), f"--config.data.path={home / 'data'}", *overrides,
+    ]  # fmt: skip
+
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+
+
+def run(home, name, *overrides):
+    return subprocess.run(
+        command(home, name, *overrides), env=ENVIRONMENT, capture_output=True, text=True
+    )
+
+
+def start(home, name, *overrides):
+    return subprocess.Popen(
+        command(home, name, *overrides),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_line(process, pattern):
+    for line in process.stdout:
+        if re.search(pattern, line):
+            return
+    raise AssertionError(f"{pattern!r} never came")
+
+
+def curve(workdir):
+    """Everything that is logged but times and rates."""
+    return [
+        {k: v for k, v in record.items() if k != "time" and not k.startswith("throughput")}
+        for record in read_metrics(workdir)
+    ]
+
+
+def weights_hash(workdir):
+    _, params = load(workdir)
+    leaves = [params[key] for key in sorted(params)]
+    digest = hashlib.sha256()
+
+    def add(tree):
+        if isinstance(tree, dict):
+            for key in sorted(tree):
+                add(tree[key])
+        else:
+            digest.update(np.asarray(tree).tobytes())
+
+    for leaf in leaves:
+        add(leaf)
+    return digest.hexdigest()
+
+
+def assert_same_run(home, name):
+    assert curve(home / name) == curve(home / "whole")
+    assert weights_hash(home / name) == weights_hash(home / "whole")
+
+
+def test_a_run_leaves_what_one_expects(home):
+    workdir = home / "whole"
+    records = curve(workdir)
+    train = [r for r in records if "train/loss" in r]
+    assert [r["step"] for r in train] == list(range(1, 13))
+    assert {"train/learning_rate", "train/grad_norm"} <= train[0].keys()
+    assert train[-1]["train/loss"] < train[0]["train/loss"] - 0.5
+    evals = [r for r in records if "eval/loss" in r]
+    assert [r["step"] for r in evals] == [4, 8, 12]
+    assert evals[-1]["eval/loss"] < evals[0]["eval/loss"]
+    assert {"eval/perplexity", "eval/bits_per_byte"} <= evals[0].keys()
+    logged = read_metrics(workdir)[-2]
+    assert logged["throughput/tokens_per_second"] > 0 and 0 < logged["throughput/mfu"] < 1
+    assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((workdir / "config.json").read_text())["train"]["num_steps"] == 12
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "8"]
+    assert list((workdir / "tensorboard").iterdir())
+    metadata = load_metadata(workdir)
+    assert metadata["step"] == 12 and metadata["position"] == 96
+
+
+def test_a_finished_run_says_so_and_exits_0(home):
+    again = run(home, "whole")
+    assert again.returncode == 0 and "finished" in again.stdout
+    assert len(curve(home / "whole")) == 15
+
+
+def test_kill_9_and_rerun_is_bitwise_the_same_run(home):
+    process = start(home, "killed")
+    wait_for_line(process, "step  7/12")
+    process.kill()
+    process.wait()
+    resumed = run(home, "killed")
+    assert resumed.returncode == 0 and "resuming from step" in resumed.stdout, resumed.stderr
+    assert_same_run(home, "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_current_step_and_exits_0(home, number):
+    name = f"stopped-{number}"
+    process = start(home, name, "--config.checkpoint.every_steps=1000")
+    wait_for_line(process, "step  2/12")
+    process.send_signal(number)
+    rest = process.communicate()[0]
+    assert process.returncode == 0, rest
+    step = load_metadata(home / name)["step"]
+    assert 2 <= step < 12 and f"step {step} is saved" in rest
+    assert run(home, name, "--config.checkpoint.every_steps=1000").returncode == 0
+    assert_same_run(home, name)
+
+
+def test_a_damaged_checkpoint_is_passed_over_loudly(home):
+    name = "damaged"
+    assert run(home, name, "--config.checkpoint.keep_last=3").returncode == 0
+    params = home / name / "checkpoints" / "12" / "params"
+    victim = max((p for p in params.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 4
+    victim.write_bytes(data)
+    again = run(home, name, "--config.checkpoint.keep_last=3")
+    assert again.returncode == 0, again.stderr
+    assert "resuming from step 8" in again.stdout
+    assert "DAMAGED" in again.stderr and str(victim.relative_to(params)) in again.stderr
+    assert (home / name / "checkpoints_damaged" / "12-0").is_dir()
+    assert_same_run(home, name)
+
+
+def test_divergence_stops_the_run_and_is_not_saved(home):
+    overrides = ["--config.optimizer.peak_lr=1e30", "--config.optimizer.clip_norm=1e30"]
+    failed = run(home, "diverged", *overrides, "--config.checkpoint.every_steps=1")
+    assert failed.returncode == 2
+    assert re.search(r"error: step \d+: .*(nan|inf|NaN).*lower config.optimizer.peak_lr",
+                     failed.stderr), failed.stderr  # fmt: skip
+    _, params = load(home / "diverged")
+    assert all(np.isfinite(p).all() for p in [params["embedding"], params["final_norm"]["scale"]])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--config.model.num_layers=3"], r"num_layers is 2 there, 3 here"),
+        (["--config.train.global_batch_size=4"], "global_batch_size was 8, is 4"),
+        (["--config.seed=1"], "seed was 0, is 1"),
+    ],
+)
+def test_a_workdir_of_another_run_is_refused(home, overrides, message):
+    failed = run(home, "whole", "--config.train.num_steps=20", *overrides)
+    assert failed.returncode == 2 and re.search(message, failed.stderr), failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--config.data.path=nowhere"], "nowhere: not a finished dataset"),
+        (["--config.data.path="], "config.data.path is empty"),
+        (["--config.model.vocab_size=400"], "300 pieces, but config.model.vocab_size = 400"),
+        (["--config.model.max_seq_len=16"], "sequences of 32 tokens"),
+        (["--config.optimizer.warmup_steps=12"], "warmup_steps = 12 leaves nothing"),
+        (["--config.optimizer.pek_lr=1"], 'Did you mean "peak_lr"'),
+        (["--config.mesh.data=3"], "does not multiply to the 1 devices"),
+    ],
+)
+def test_bad_settings_exit_2_and_leave_no_checkpoint(home, overrides, message):
+    failed = run(home, "refused", *overrides)
+    assert failed.returncode == 2 and re.search(message, failed.stderr), failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not list((home / "refused").glob("checkpoints/*"))
+
+
+def test_an_interrupted_run_may_be_lengthened(home):
+    """The newest checkpoint goes on with another number of steps; its schedule is the new one."""
+    assert run(home, "longer", "--config.train.num_steps=4").returncode == 0
+    longer = run(home, "longer", "--config.train.num_steps=6")
+    assert longer.returncode == 0 and "resuming from step 4" in longer.stdout
+    assert load_metadata(home / "longer")["step"] == 6
