@@ -17,6 +17,7 @@ CONFIG = tiny("repeat_all", 2)
 PARAMS = random_params(CONFIG, 3)
 PROMPTS = [[5, 1, 9], [7], [3, 3, 8, 20, 41, 2]]
 GREEDY = Sampling(temperature=0)
+FULL_PASS = jax.jit(MobileLLM(CONFIG).apply)  # causal: what stands behind a position is not seen
 
 
 def tokens_of(prompts, **options):
@@ -25,11 +26,12 @@ def tokens_of(prompts, **options):
 
 
 def plain_greedy(prompt, count):
-    tokens = list(prompt)
-    for _ in range(count):
-        logits = MobileLLM(CONFIG).apply({"params": PARAMS}, jnp.array([tokens]))
-        tokens.append(int(logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
+    tokens = np.zeros((1, CONFIG.max_seq_len), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for position in range(len(prompt), len(prompt) + count):
+        logits = FULL_PASS({"params": PARAMS}, tokens)
+        tokens[0, position] = logits[0, position - 1].argmax()
+    return tokens[0, len(prompt) : len(prompt) + count].tolist()
 
 
 def test_greedy_equals_a_plain_loop_for_prompts_of_different_lengths():

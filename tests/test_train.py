@@ -138,10 +138,11 @@ def test_a_finished_run_says_so_and_exits_0(home):
 
 
 def test_kill_9_and_rerun_is_bitwise_the_same_run(home):
-    process = start(home, "killed")
-    wait_for_line(process, "step  7/12")
-    process.kill()
-    process.wait()
+    with start(home, "killed") as process:
+        wait_for_line(process, "step  5/12")
+        while not (home / "killed" / "checkpoints" / "4").exists():
+            assert process.poll() is None
+        process.kill()
     resumed = run(home, "killed")
     assert resumed.returncode == 0 and "resuming from step" in resumed.stdout, resumed.stderr
     assert_same_run(home, "killed")
@@ -150,10 +151,10 @@ def test_kill_9_and_rerun_is_bitwise_the_same_run(home):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_current_step_and_exits_0(home, number):
     name = f"stopped-{number}"
-    process = start(home, name, "--config.checkpoint.every_steps=1000")
-    wait_for_line(process, "step  2/12")
-    process.send_signal(number)
-    rest = process.communicate()[0]
+    with start(home, name, "--config.checkpoint.every_steps=1000") as process:
+        wait_for_line(process, "step  2/12")
+        process.send_signal(number)
+        rest = process.stdout.read()
     assert process.returncode == 0, rest
     step = load_metadata(home / name)["step"]
     assert 2 <= step < 12 and f"step {step} is saved" in rest

@@ -75,21 +75,22 @@ def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, slices):
     vocab = lax.iota(jnp.int32, head_VD.shape[0])
 
     def one_slice(carry, part):
-        total, d_head_VD = carry
+        total, d_head_DV = carry
         hidden, targets, weights = part
         loss, logits, normalizer = _slice_loss(head_VD, hidden, targets, weights)
         probabilities = jnp.exp(logits - normalizer[..., None])
         is_target = targets[..., None] == vocab[None, None, :]
         d_logits = ((probabilities - is_target) * weights[..., None]).astype(hidden.dtype)
         d_hidden = jnp.einsum("BCV,VD->BCD", d_logits, head_VD.astype(hidden.dtype))
-        d_head_VD += jnp.einsum("BCV,BCD->VD", d_logits, hidden, preferred_element_type=jnp.float32)
-        return (total + loss, d_head_VD), d_hidden
+        # [D, V], so that XLA on CPU has the hidden states to transpose and not the logits.
+        d_head_DV += jnp.einsum("BCD,BCV->DV", hidden, d_logits, preferred_element_type=jnp.float32)
+        return (total + loss, d_head_DV), d_hidden
 
-    start = (jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32))
+    start = (jnp.float32(0), jnp.zeros(head_VD.shape[::-1], jnp.float32))
     parts = _sequence_slices(slices, hidden_BTD, targets_BT, weights_BT)
-    (total, d_head_VD), d_hidden = lax.scan(one_slice, start, parts)
+    (total, d_head_DV), d_hidden = lax.scan(one_slice, start, parts)
     d_hidden_BTD = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden_BTD.shape)
-    return total, (d_hidden_BTD, d_head_VD.astype(head_VD.dtype))
+    return total, (d_hidden_BTD, d_head_DV.T.astype(head_VD.dtype))
 
 
 def _backward(slices, residuals, d_total):

@@ -102,10 +102,12 @@ def load_config(path: str, overrides: list[str] = ()) -> ml_collections.ConfigDi
     try:
         values(arguments)
         config = values["config"].value
-        _ = config.train.num_steps
+        if not isinstance(config, ml_collections.ConfigDict):
+            raise TypeError(f"get_config() returned {config!r}, not a ConfigDict")
     except (AttributeError, KeyError, TypeError, ValueError, flags.Error, SyntaxError) as error:
         text = str(error.args[0] if error.args else error)  # a KeyError shows itself quoted
-        raise UserError(f"{path} {' '.join(overrides)}: {' '.join(text.split())}") from error
+        where = " ".join([path, *overrides])
+        raise UserError(f"{where}: {' '.join(text.split())}") from error
     _validate(config)
     return config
 
