@@ -14,11 +14,11 @@ from mobilellm_jax.errors import UserError
 
 # Verb -> (module with `add_arguments(parser)` and `main(args)`, one line of help).
 VERBS = {
-    "prepare": ("mobilellm_jax.data.prepare", "turn text into a dataset of packed tokens"),
+    "prepare": ("mobilellm_jax.data.command", "turn text into a dataset of packed tokens"),
     "train": ("mobilellm_jax.training.command", "train a model, or go on with its training"),
     "evaluate": ("mobilellm_jax.evaluation.command", "measure loss, perplexity, bits per byte"),
     "generate": ("mobilellm_jax.inference.command", "continue prompts with a trained model"),
-    "convert": ("mobilellm_jax.conversion.convert", "write or read a Hugging Face folder"),
+    "convert": ("mobilellm_jax.conversion.command", "write or read a Hugging Face folder"),
 }
 
 _EPILOG = """\

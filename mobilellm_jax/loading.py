@@ -9,7 +9,7 @@ from mobilellm_jax.conversion.huggingface import load_hf, load_hf_tokenizer
 from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.training import checkpoints
+from mobilellm_jax.training.checkpoints import SavedModel, load_checkpoint
 
 
 def load(path: str | Path) -> tuple[ModelConfig, dict]:
@@ -25,11 +25,8 @@ def load(path: str | Path) -> tuple[ModelConfig, dict]:
     Raises:
       UserError: nothing to read there, or something damaged.
     """
-    path = _existing(path)
-    if _is_huggingface(path):
-        config, params = load_hf(path)
-        return config, jax.device_put(params)
-    return checkpoints.load_params(path)
+    saved = _read(path)
+    return saved.config, saved.params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,39 +55,34 @@ def load_text_model(path: str | Path, tokenizer: str | Path | None = None) -> Te
     Raises:
       UserError: as for `load`; or there is no tokenizer, or one that does not fit the model.
     """
-    path = _existing(path)
-    config, params = load(path)
+    saved = _read(path)
     if tokenizer is not None:
         read = Tokenizer.load(tokenizer)
+    elif saved.tokenizer_model is not None:
+        read = Tokenizer(saved.tokenizer_model, f"{path}: tokenizer.model")
     else:
-        is_hf = _is_huggingface(path)
-        model_bytes = load_hf_tokenizer(path) if is_hf else checkpoints.load_tokenizer(path)
-        if model_bytes is None:
-            raise UserError(f"{path} has no tokenizer.model: name one with --tokenizer FILE")
-        read = Tokenizer(model_bytes, f"{path}: tokenizer.model")
-    if read.vocab_size > config.vocab_size:
+        raise UserError(f"{path} has no tokenizer.model: name one with --tokenizer FILE")
+    if read.vocab_size > saved.config.vocab_size:
         raise UserError(
             f"{tokenizer or path}: the tokenizer has {read.vocab_size} pieces, the model knows "
-            f"{config.vocab_size}: use the tokenizer that it was trained with"
+            f"{saved.config.vocab_size}: use the tokenizer that it was trained with"
         )
-    metadata = {} if _is_huggingface(path) else checkpoints.load_metadata(path)
-    data = metadata.get("run", {}).get("data", {})
+    data = saved.metadata.get("run", {}).get("data", {})
     return TextModel(
-        config,
-        params,
+        saved.config,
+        saved.params,
         read,
-        bos=metadata.get("bos", True),
+        bos=saved.metadata.get("bos", True),
         mask_documents=data.get("mask_documents", False),
     )
 
 
-def _existing(path: str | Path) -> Path:
+def _read(path: str | Path) -> SavedModel:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such folder")
-    return path
-
-
-def _is_huggingface(path: Path) -> bool:
     has_steps = (path / "checkpoints").is_dir() or (path / "manifest.json").exists()
-    return (path / "config.json").exists() and not has_steps
+    if has_steps or not (path / "config.json").exists():
+        return load_checkpoint(path)
+    config, params = load_hf(path)
+    return SavedModel(config, jax.device_put(params), {}, load_hf_tokenizer(path))

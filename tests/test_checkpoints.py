@@ -21,9 +21,7 @@ from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import abstract_params
 from mobilellm_jax.training.checkpoints import (
     Checkpoints,
-    load_metadata,
-    load_params,
-    load_tokenizer,
+    load_checkpoint,
     save_params,
 )
 from mobilellm_jax.training.manifest import write_manifest
@@ -156,9 +154,10 @@ def test_an_empty_workdir_restores_nothing(tmp_path):
 
 def test_metadata_says_what_was_saved_with_what(tmp_path):
     _save(tmp_path, 4)
-    metadata = load_metadata(tmp_path)
+    restored = _restore(tmp_path)
+    metadata = restored.metadata
     assert metadata["step"] == 4
-    assert metadata["tokenizer_sha256"] == hashlib.sha256(load_tokenizer(tmp_path)).hexdigest()
+    assert metadata["tokenizer_sha256"] == hashlib.sha256(restored.tokenizer_model).hexdigest()
     assert metadata["arrays"]["params"] == {"a": "float32[1000]", "b/c": "float32[10,100]"}
     assert metadata["versions"]["jax"] == jax.__version__
 
@@ -254,10 +253,9 @@ def test_loading_takes_a_workdir_its_checkpoints_or_one_step(tmp_path, params, m
     (tmp_path / "best").symlink_to(tmp_path / "run" / "checkpoints" / "0")
     monkeypatch.chdir(tmp_path)
     for path in ("run", tmp_path / "run" / "checkpoints", "run/checkpoints/0", "best"):
-        config, loaded = load_params(path)
-        assert config == CONFIG
-        assert load_tokenizer(path) == b"tokenizer"
-        chex.assert_trees_all_equal(loaded, params, strict=True)
+        saved = load_checkpoint(path)
+        assert (saved.config, saved.tokenizer_model) == (CONFIG, b"tokenizer")
+        chex.assert_trees_all_equal(saved.params, params, strict=True)
 
 
 def test_imported_params_restore_without_optimizer_state(tmp_path, params):
@@ -268,7 +266,7 @@ def test_imported_params_restore_without_optimizer_state(tmp_path, params):
         )
     assert (restored.step, restored.opt_state, restored.tokenizer_model) == (0, None, None)
     chex.assert_trees_all_equal(restored.params, params, strict=True)
-    assert load_tokenizer(tmp_path) is None
+    assert load_checkpoint(tmp_path).tokenizer_model is None
 
 
 def test_importing_never_adds_to_a_run(tmp_path, params):
@@ -284,24 +282,25 @@ def test_loading_skips_damaged_steps_but_not_for_the_optimizer(tmp_path, params,
             checkpoints.save(step, **state, tokenizer_model=b"%d" % step)
     _flip(_data_file(tmp_path, 3))
     _flip(_data_file(tmp_path, 2, "opt_state"))
-    chex.assert_trees_all_equal(load_params(tmp_path)[1], params)
-    assert load_tokenizer(tmp_path) == b"2" and load_metadata(tmp_path)["mark"] == 2
+    saved = load_checkpoint(tmp_path)
+    chex.assert_trees_all_equal(saved.params, params)
+    assert saved.tokenizer_model == b"2" and saved.metadata["mark"] == 2
     assert "CHECKPOINT DAMAGED" in caplog.text
     with pytest.raises(UserError, match="is damaged: params/"):
-        load_params(tmp_path / "checkpoints" / "3")
+        load_checkpoint(tmp_path / "checkpoints" / "3")
     assert _steps(tmp_path) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("path", ["", "nowhere", "checkpoints/7"])
 def test_loading_from_where_nothing_is_says_what_to_give(tmp_path, path):
     with pytest.raises(UserError, match="no checkpoint here; use a run's workdir"):
-        load_params(tmp_path / path)
+        load_checkpoint(tmp_path / path)
 
 
 def test_loading_params_that_do_not_make_their_model_is_refused(tmp_path):
     _save(tmp_path, 1)
     with pytest.raises(UserError, match="params does not fit: a is float32.* there, nothing here"):
-        load_params(tmp_path)
+        load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"model": {}, "arrays": []}', "[" * 9999, ""])
@@ -311,4 +310,4 @@ def test_metadata_of_someone_else_is_refused(tmp_path, params, content):
     (folder / "metadata.json").write_text(content)
     write_manifest(folder, 0)
     with pytest.raises(UserError, match="metadata.json is not the metadata"):
-        load_params(tmp_path)
+        load_checkpoint(tmp_path)

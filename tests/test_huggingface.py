@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 from hf_folders import TINY, VARIANTS, edit_config, edit_tensors, make_params, train_small_tokenizer
 
-from mobilellm_jax.conversion import convert, hf_names
+from mobilellm_jax.conversion import command, hf_names
 from mobilellm_jax.conversion.huggingface import load_hf, load_hf_tokenizer, save_hf
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
@@ -303,17 +303,18 @@ def test_convert_goes_there_and_back(tmp_path, capsys, tokenizer_model):
     params = make_params(config)
     checkpoints.save_params(tmp_path / "run", config, params, tokenizer_model)
     parser = argparse.ArgumentParser()
-    convert.add_arguments(parser)
+    command.add_arguments(parser)
 
     def run(*arguments):
-        convert.main(parser.parse_args([str(a) for a in arguments]))
+        command.main(parser.parse_args([str(a) for a in arguments]))
 
     run("--to", "hf", "--checkpoint", tmp_path / "run", "--output", tmp_path / "hf")
     run("--from", "hf", "--input", tmp_path / "hf", "--output", tmp_path / "back")
-    loaded_config, loaded = checkpoints.load_params(tmp_path / "back")
+    saved = checkpoints.load_checkpoint(tmp_path / "back")
+    loaded_config, loaded = saved.config, saved.params
     assert loaded_config == config
     chex.assert_trees_all_equal(loaded, params)
-    assert checkpoints.load_tokenizer(tmp_path / "back") == tokenizer_model
+    assert checkpoints.load_checkpoint(tmp_path / "back").tokenizer_model == tokenizer_model
     printed = capsys.readouterr().out
     assert "from_pretrained" in printed and "9 layers" in printed
     with pytest.raises(UserError, match="--input"):
@@ -324,7 +325,7 @@ def test_convert_goes_there_and_back(tmp_path, capsys, tokenizer_model):
 
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys, mobilellm_jax.conversion.convert; "
+        "import sys, mobilellm_jax.conversion.command; "
         "print([m for m in ('torch', 'transformers', 'jax', 'tokenizers') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

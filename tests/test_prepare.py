@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from prepared import DOCUMENTS, files_in, make_documents, run_prepare, stream, texts, write_lines
 
-from mobilellm_jax.data import prepare, sources
+from mobilellm_jax.data import command, sources
 from mobilellm_jax.data.loader import open_split
 from mobilellm_jax.data.tokenizer import Tokenizer, train_tokenizer
 from mobilellm_jax.errors import UserError
@@ -258,11 +258,11 @@ def test_an_input_that_is_listed_twice_is_refused(tmp_path, model):
 
 def test_the_command_prints_a_summary_and_its_help_has_an_example(tmp_path, model, capsys):
     parser = argparse.ArgumentParser(prog="mobilellm prepare")
-    prepare.add_arguments(parser)
+    command.add_arguments(parser)
     assert "mobilellm prepare --input stories/" in parser.format_help()
     path = write_lines(tmp_path / "a.jsonl")
     flags = f"--input {path} --tokenizer {model} --output {tmp_path}/out --no-eos"
-    assert prepare.main(parser.parse_args(flags.split())) == 0
+    command.main(parser.parse_args(flags.split()))
     printed = capsys.readouterr()
     assert "train: 60 documents" in printed.out and "records of 2048" in printed.out
     assert "tokens/s" in printed.err

@@ -14,7 +14,7 @@ import pytest
 from prepared import make_documents, run_prepare, write_lines
 
 from mobilellm_jax import load
-from mobilellm_jax.training.checkpoints import load_metadata
+from mobilellm_jax.training.checkpoints import load_checkpoint
 from mobilellm_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +127,7 @@ def test_a_run_leaves_what_one_expects(home):
     assert json.loads((workdir / "config.json").read_text())["train"]["num_steps"] == 12
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "8"]
     assert list((workdir / "tensorboard").iterdir())
-    metadata = load_metadata(workdir)
+    metadata = load_checkpoint(workdir).metadata
     assert metadata["step"] == 12 and metadata["position"] == 96
 
 
@@ -156,7 +156,7 @@ def test_a_signal_saves_the_current_step_and_exits_0(home, number):
         process.send_signal(number)
         rest = process.stdout.read()
     assert process.returncode == 0, rest
-    step = load_metadata(home / name)["step"]
+    step = load_checkpoint(home / name).metadata["step"]
     assert 2 <= step < 12 and f"step {step} is saved" in rest
     assert run(home, name, "--config.checkpoint.every_steps=1000").returncode == 0
     assert_same_run(home, name)
@@ -226,4 +226,4 @@ def test_an_interrupted_run_may_be_lengthened(home):
     assert run(home, "longer", "--config.train.num_steps=4").returncode == 0
     longer = run(home, "longer", "--config.train.num_steps=6")
     assert longer.returncode == 0 and "resuming from step 4" in longer.stdout
-    assert load_metadata(home / "longer")["step"] == 6
+    assert load_checkpoint(home / "longer").metadata["step"] == 6

@@ -324,10 +324,27 @@ class Checkpoints:
         logging.warning("moved the damaged step %d to %s", step, target)
 
 
-def load_params(path: str | Path) -> tuple[ModelConfig, Any]:
-    """Reads the model of the newest valid checkpoint, arrays on the first device.
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """A checkpoint's model without its optimizer state.
 
-    The optimizer's files are measured, not hashed, here and in the other two `load_` functions.
+    Attributes:
+      config: of the model.
+      params: fp32 arrays on the first device.
+      metadata: see `Restored`.
+      tokenizer_model: the SentencePiece model, if one was saved.
+    """
+
+    config: ModelConfig
+    params: Any
+    metadata: dict[str, Any]
+    tokenizer_model: bytes | None
+
+
+def load_checkpoint(path: str | Path) -> SavedModel:
+    """Reads the newest valid checkpoint for use without training.
+
+    Its files are verified like those of a restored one, but the optimizer's only by their sizes.
 
     Args:
       path: a run's folder, its `checkpoints`, or one step's folder under any name.
@@ -338,17 +355,8 @@ def load_params(path: str | Path) -> tuple[ModelConfig, Any]:
     folder = find_valid(Path(path))
     metadata = read_metadata(folder)
     config = read_config(folder, metadata)
-    return config, read_tree(folder, metadata, "params", abstract_params(config))
-
-
-def load_tokenizer(path: str | Path) -> bytes | None:
-    """The tokenizer saved with the checkpoint that `load_params` would read, if any."""
-    return read_tokenizer(find_valid(Path(path)))
-
-
-def load_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata of the checkpoint that `load_params` would read."""
-    return read_metadata(find_valid(Path(path)))
+    params = read_tree(folder, metadata, "params", abstract_params(config))
+    return SavedModel(config, params, metadata, read_tokenizer(folder))
 
 
 def save_params(

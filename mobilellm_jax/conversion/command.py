@@ -43,16 +43,16 @@ def main(args: argparse.Namespace) -> None:
 
     if args.to == "hf":
         _check_flags(args, "--to", needed="checkpoint", foreign=("input", "shared_kv"))
-        config, params = checkpoints.load_params(args.checkpoint)
+        model = checkpoints.load_checkpoint(args.checkpoint)
         save_hf(
             args.output,
-            config,
-            params,
-            tokenizer_model=checkpoints.load_tokenizer(args.checkpoint),
+            model.config,
+            model.params,
+            tokenizer_model=model.tokenizer_model,
             dtype=args.dtype or "float32",
-            provenance={"step": checkpoints.load_metadata(args.checkpoint)["step"]},
+            provenance={"step": model.metadata["step"]},
         )
-        _print_exported(Path(args.output), config)
+        _print_exported(Path(args.output), model.config)
     else:
         _check_flags(args, "--from", needed="input", foreign=("checkpoint", "dtype"))
         config, params = load_hf(args.input, shared_kv=args.shared_kv)

@@ -1,0 +1,78 @@
+"""`mobilellm prepare`."""
+
+import argparse
+import time
+
+from mobilellm_jax.data.prepare import prepare
+
+_EPILOG = """\
+example: a tokenizer trained on the text itself, one file in twenty held out
+
+  %(prog)s --input stories/ --valid_fraction 0.05 --vocab_size 4096 \\
+      --sequence_length 512 --output data/stories
+
+example: an existing tokenizer, JSON lines that say themselves what is held out
+
+  %(prog)s --input web.jsonl.zst books.parquet --split_field split \\
+      --tokenizer tokenizer.model --output data/web
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `prepare`."""
+    parser.description = "Turns text into a dataset of packed token records for training."
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="FILES",
+        help="text, JSON lines or Parquet files (also .gz .bz2 .xz .zst), directories, patterns, "
+        "or hf:NAME[:CONFIG[:SPLIT]]",
+    )
+    add("--output", required=True, metavar="DIR", help="folder of the dataset")
+    add("--tokenizer", metavar="FILE", help="SentencePiece tokenizer.model")
+    add("--vocab_size", type=int, metavar="N", help="train a tokenizer of N pieces on the input")
+    add("--sequence_length", type=int, default=2048, metavar="N", help="default: %(default)s")
+    add("--field", default="text", help="key of the text in JSON lines (default: %(default)s)")
+    add("--split_field", metavar="FIELD", help="key that says train or valid")
+    add(
+        "--valid_fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="hold out this fraction of the documents (of a single text file: its end)",
+    )
+    add("--valid_input", nargs="+", default=[], metavar="FILES", help="files to hold out")
+    boolean = argparse.BooleanOptionalAction
+    add("--bos", action=boolean, default=True, help="BOS before each document")
+    add("--eos", action=boolean, default=True, help="EOS after each document")
+    add("--workers", type=int, metavar="N", help="processes (default: all cores)")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs the verb and prints what came out."""
+    start = time.monotonic()
+    header = prepare(
+        args.input,
+        args.output,
+        valid_inputs=args.valid_input,
+        tokenizer=args.tokenizer,
+        vocab_size=args.vocab_size,
+        sequence_length=args.sequence_length,
+        field=args.field,
+        split_field=args.split_field,
+        valid_fraction=args.valid_fraction,
+        bos=args.bos,
+        eos=args.eos,
+        num_workers=args.workers,
+    )
+    print(f"{args.output}: {len(header.sources)} inputs, {time.monotonic() - start:.1f} s")
+    for name, split in header.splits.items():
+        print(
+            f"  {name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens, "
+            f"{split.num_records:,} records of {header.sequence_length}, "
+            f"{split.num_bytes / split.num_tokens:.2f} bytes per token"
+        )
