@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 
 .PHONY: quickstart test test-slow lint format clean
 
-quickstart: $(VENV)/core.stamp  ## text to phone file in minutes, on a CPU
+quickstart: $(VENV)/core.stamp  ## text to a trained model in minutes, on a CPU
 	PATH="$(BIN):$$PATH" bash launch/quickstart.sh
 
 test: $(VENV)/test.stamp  ## the default suite

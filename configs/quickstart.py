@@ -1,6 +1,6 @@
 """A first model in a few minutes on two CPU cores: `make quickstart`.
 
-Deep, thin and layer-shared like MobileLLM-LS, scaled down: 8 blocks of width 128, each run twice.
+Deep, thin and layer-shared like MobileLLM-LS, scaled down: 6 blocks of width 128, each run twice.
 """
 
 from mobilellm_jax.training.run_config import default_config
@@ -10,7 +10,7 @@ def get_config():
     config = default_config()
     with config.unlocked():
         config.model.update(
-            num_layers=8,
+            num_layers=6,
             num_heads=4,
             num_kv_heads=2,
             embed_dim=128,
@@ -22,7 +22,7 @@ def get_config():
             num_repeats=2,
         )
     config.train.num_steps = 400
-    config.train.global_batch_size = 16
+    config.train.global_batch_size = 8
     config.optimizer.peak_lr = 4e-3
     config.optimizer.warmup_steps = 40
     config.log.every_steps = 10

@@ -13,7 +13,7 @@ say "1/5 tokens: train a tokenizer on the text and pack it"
 mobilellm prepare --input "$LIBRARY"/*.py --vocab_size 2048 --sequence_length 256 \
     --valid_fraction 0.05 --output "$DATA"
 
-say "2/5 training: 8 blocks, each run twice"
+say "2/5 training: 6 blocks, each run twice"
 mobilellm train --config configs/quickstart.py --workdir "$RUN" --config.data.path="$DATA"
 
 say "3/5 evaluation on the held-out files"

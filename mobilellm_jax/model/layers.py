@@ -37,8 +37,9 @@ def _matrix(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[st
 def project(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
     """`x @ weight` in the dtype of x, with a backward pass laid out for XLA on CPU.
 
-    The weight's gradient is x^T @ dy. Left to itself, JAX asks for (dy^T @ x)^T, for which XLA
-    transposes dy, and with it all the elementwise work that is fused into it.
+    The weight's gradient is x^T @ dy or (dy^T @ x)^T. XLA transposes the left operand, together
+    with all elementwise work that it has fused into it, so that should be the narrower one.
+    Autodiff always takes the latter.
     """
     return jnp.einsum("BTD,DF->BTF", x_BTD, weight_DF.astype(x_BTD.dtype))
 
@@ -50,7 +51,10 @@ def _project_forward(x_BTD, weight_DF):
 def _project_backward(residuals, d_out_BTF):
     x_BTD, weight_DF = residuals
     d_x = jnp.einsum("BTF,DF->BTD", d_out_BTF, weight_DF.astype(x_BTD.dtype))
-    d_weight = jnp.einsum("BTD,BTF->DF", x_BTD, d_out_BTF)
+    if x_BTD.shape[-1] <= d_out_BTF.shape[-1]:
+        d_weight = jnp.einsum("BTD,BTF->DF", x_BTD, d_out_BTF)
+    else:
+        d_weight = jnp.einsum("BTF,BTD->FD", d_out_BTF, x_BTD).T
     return d_x, d_weight.astype(weight_DF.dtype)
 
 

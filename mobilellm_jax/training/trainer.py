@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,14 +34,11 @@ from mobilellm_jax.training.sharding import (
     replicated,
 )
 from mobilellm_jax.training.step import TrainState, all_finite, make_eval_step, make_train_step
+from mobilellm_jax.training.stopping import Diverged, finite_metrics, stop_signals
 
 # Steps that may be dispatched before their results are waited for: enough to hide Python, few
 # enough that a signal is answered soon and batches do not pile up on the device.
 _MAX_AHEAD = 2
-
-
-class Diverged(UserError):
-    """The loss, a gradient or a weight is NaN or Inf."""
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:
@@ -63,7 +59,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         Checkpoints(
             workdir, keep_last=settings.keep_last, keep_every=settings.keep_every or None
         ) as checkpoints,
-        _stop_signals() as stop,
+        stop_signals() as stop,
     ):
         start_step, state = run.restore_or_init(checkpoints)
         if start_step >= config.train.num_steps:
@@ -251,46 +247,60 @@ class _Run:
         stop: threading.Event,
     ) -> int:
         """Steps from `start_step` to the end or to a signal; returns the last step done."""
-        config, num_steps = self.config, self.config.train.num_steps
+        num_steps = self.config.train.num_steps
         step, pending = start_step, {}
-        for batch in self.training_batches(start_step):
-            if step == start_step:
-                compiled = self.compile(state, batch)
-                log.start_clock(step)
-            state, pending[step + 1] = compiled(state, batch)
-            step += 1
-            if (behind := step - _MAX_AHEAD) in pending:
-                jax.block_until_ready(pending[behind])
-            last = step == num_steps or stop.is_set()
-            save = last or step % config.checkpoint.every_steps == 0
-            evaluate = config.eval.every_steps and (
-                step == num_steps or step % config.eval.every_steps == 0
-            )
-            if last or save or evaluate or step % config.log.every_steps == 0:
-                values = finite_metrics(pending)
-                pending = {}
-                if last or step % config.log.every_steps == 0:
-                    log.log_train(step, {f"train/{k}": v for k, v in values.items()})
-            with log.paused():
-                if evaluate:
-                    self.evaluate(step, state, log)
-                if save:
-                    if not self.all_finite(state.params):
-                        raise Diverged(f"step {step:,}: a weight is NaN or Inf; {_DIVERGED_MEND}")
-                    checkpoints.save(
-                        step,
-                        params=state.params,
-                        opt_state=state.opt_state,
-                        metadata=self.metadata(step),
-                        tokenizer_model=self.tokenizer_model,
-                    )
-            if last:
-                break
+        with contextlib.closing(self.training_batches(start_step)) as batches:
+            for batch in map(self.on_device, batches):
+                if step == start_step:
+                    compiled = self.compile(state, batch)
+                    log.start_clock(step)
+                state, pending[step + 1] = compiled(state, batch)
+                step += 1
+                if (behind := step - _MAX_AHEAD) in pending:
+                    jax.block_until_ready(pending[behind])
+                if due := self.due(step, stop):
+                    values = finite_metrics(pending)
+                    pending = {}
+                    if "log" in due:
+                        log.log_train(step, {f"train/{k}": v for k, v in values.items()})
+                    with log.paused():
+                        # In this order: after a kill, what is not saved is evaluated again.
+                        if "eval" in due:
+                            self.evaluate(step, state, log)
+                        if "save" in due:
+                            self.save(step, state, checkpoints)
+                if stop.is_set() and step < num_steps and "save" in due:
+                    break
         return step
 
-    def training_batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
-        """Global batches on the devices, from `start_step` to the end of the run."""
-        batches = train_batches(
+    def due(self, step: int, stop: threading.Event) -> set[str]:
+        """What is to be done after `step`: any of "log", "eval" and "save"."""
+        last = step == self.config.train.num_steps
+        due = set()
+        if last or step % self.config.log.every_steps == 0:
+            due.add("log")
+        every = self.config.eval.every_steps
+        if every and (last or step % every == 0):
+            due.add("eval")
+        if last or stop.is_set() or step % self.config.checkpoint.every_steps == 0:
+            due.add("save")
+        return due
+
+    def save(self, step: int, state: TrainState, checkpoints: Checkpoints) -> None:
+        """Starts saving a checkpoint; raises Diverged instead if a weight is NaN or Inf."""
+        if not self.all_finite(state.params):
+            raise Diverged(step, "a weight is NaN or Inf")
+        checkpoints.save(
+            step,
+            params=state.params,
+            opt_state=state.opt_state,
+            metadata=self.metadata(step),
+            tokenizer_model=self.tokenizer_model,
+        )
+
+    def training_batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of the global batches, from `start_step` to the end of the run."""
+        return train_batches(
             self.datasets,
             seed=self.config.seed,
             global_batch_size=self.config.train.global_batch_size,
@@ -300,7 +310,6 @@ class _Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        return map(self.on_device, batches)
 
     def on_device(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows as part of the global batch."""
@@ -333,46 +342,3 @@ class _Run:
             self.eval_step, state.params, map(self.on_device, batches), self.headers[0], "valid"
         )
         log.log_eval(step, result.metrics())
-
-
-_DIVERGED_MEND = (
-    "the run stops and keeps its older checkpoints: lower config.optimizer.peak_lr or lengthen "
-    "config.optimizer.warmup_steps"
-)
-
-
-def finite_metrics(pending: dict[int, dict[str, jax.Array]]) -> dict[str, float]:
-    """Waits for the metrics of the pending steps and returns those of the last one.
-
-    Raises:
-      Diverged: a value of any of the steps is NaN or Inf.
-    """
-    for step, metrics in pending.items():
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if bad := {name: value for name, value in values.items() if not np.isfinite(value)}:
-            shown = ", ".join(f"{name} = {value}" for name, value in bad.items())
-            raise Diverged(f"step {step:,}: {shown}; {_DIVERGED_MEND}")
-    return values
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets; a second one acts as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = {}
-
-    def request(number, _):
-        print(f"{signal.Signals(number).name}: saving the current step ...", flush=True)
-        stop.set()
-        signal.signal(number, previous[number])
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
