@@ -8,19 +8,18 @@ from mobilellm_jax.training.run_config import default_config
 
 def get_config():
     config = default_config()
-    with config.unlocked():
-        config.model.update(
-            num_layers=6,
-            num_heads=4,
-            num_kv_heads=2,
-            embed_dim=128,
-            ffn_dim=384,
-            head_dim=32,
-            vocab_size=2048,
-            max_seq_len=256,
-            sharing="immediate",
-            num_repeats=2,
-        )
+    config.model.update(
+        num_layers=6,
+        num_heads=4,
+        num_kv_heads=2,
+        embed_dim=128,
+        ffn_dim=384,
+        head_dim=32,
+        vocab_size=2048,
+        max_seq_len=256,
+        sharing="immediate",
+        num_repeats=2,
+    )
     config.train.num_steps = 400
     config.train.global_batch_size = 8
     config.optimizer.peak_lr = 4e-3

@@ -2,6 +2,7 @@
 # From text to a trained, layer-shared model in minutes on two CPU cores; nothing is downloaded.
 # The text is Python's own standard library. Rerunning goes on where it stopped.
 set -euo pipefail
+trap 'exit 130' INT TERM # training itself answers a Ctrl-C with status 0
 
 LIBRARY=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 DATA=data/quickstart

@@ -4,8 +4,10 @@ Each verb's module is imported only when the verb runs, so that `--help` answers
 """
 
 import argparse
+import errno
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Sequence
 
@@ -21,10 +23,14 @@ VERBS = {
     "convert": ("mobilellm_jax.conversion.command", "write or read a Hugging Face folder"),
 }
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
 _EPILOG = """\
 From text to a model, in this order (`mobilellm VERB --help` has an example for each):
-  mobilellm prepare  --input book.txt --vocab_size 4096 --output data/book
-  mobilellm train    --config configs/laptop.py --workdir runs/book --config.data.path=data/book
+  mobilellm prepare  --input book.txt --vocab_size 2048 --sequence_length 256 \\
+      --valid_fraction 0.05 --output data/book
+  mobilellm train    --config configs/quickstart.py --workdir runs/book \\
+      --config.data.path=data/book
   mobilellm evaluate --checkpoint runs/book --data data/book
   mobilellm generate --checkpoint runs/book --prompt "Once upon a time"
   mobilellm convert  --to hf --checkpoint runs/book --output book_hf
@@ -36,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments[0] if arguments and arguments[0] in VERBS else None
     args, rest = _parser(verb).parse_known_args(arguments)
-    if rest and not (verb == "train" and all(arg.startswith("--config.") for arg in rest)):
+    is_override = re.compile(r"--config\.[\w.]+=").match
+    if rest and not (verb == "train" and all(map(is_override, rest))):
         _parser(verb).parse_args(arguments)  # names what it does not know, and exits
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     module = importlib.import_module(VERBS[verb][0])
@@ -46,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.main(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from mobilellm_jax.conversion.huggingface import load_hf, load_hf_tokenizer
+from mobilellm_jax.conversion.huggingface import load_hf, load_hf_provenance, load_hf_tokenizer
 from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
@@ -67,13 +67,12 @@ def load_text_model(path: str | Path, tokenizer: str | Path | None = None) -> Te
             f"{tokenizer or path}: the tokenizer has {read.vocab_size} pieces, the model knows "
             f"{saved.config.vocab_size}: use the tokenizer that it was trained with"
         )
-    data = saved.metadata.get("run", {}).get("data", {})
     return TextModel(
         saved.config,
         saved.params,
         read,
-        bos=saved.metadata.get("bos", True),
-        mask_documents=data.get("mask_documents", False),
+        bos=bool(saved.metadata.get("bos", True)),
+        mask_documents=bool(saved.metadata.get("mask_documents", False)),
     )
 
 
@@ -85,4 +84,5 @@ def _read(path: str | Path) -> SavedModel:
     if has_steps or not (path / "config.json").exists():
         return load_checkpoint(path)
     config, params = load_hf(path)
-    return SavedModel(config, jax.device_put(params), {}, load_hf_tokenizer(path))
+    provenance, tokenizer_model = load_hf_provenance(path), load_hf_tokenizer(path)
+    return SavedModel(config, jax.device_put(params), provenance, tokenizer_model)

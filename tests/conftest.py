@@ -6,6 +6,7 @@ import pytest
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiling takes most of the time. Training as a process, in test_train.py, is fully optimised.
 jax.config.update("jax_disable_most_optimizations", True)
 
 

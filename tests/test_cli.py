@@ -55,7 +55,7 @@ def test_help_of_the_whole_shows_the_way_from_text_to_model(capsys):
         (["train", "--config", "nowhere.py", "--workdir", "w"], "nowhere.py: no such file"),
         (["train", "--config", "a.py", "--workdir", "w", "--conifg.a=1"], "--conifg.a=1"),
         (["convert", "--to", "hf", "--output", "x"], "needs --checkpoint"),
-        (["prepare", "--input", "nowhere.txt", "--output", "x"], "nowhere.txt"),
+        (["prepare", "--input", "a.txt", "--vocab_size", "9", "--output", "x"], "a.txt"),
     ],
 )
 def test_mistakes_exit_2_and_name_what_is_wrong(arguments, message, capsys, tmp_path, monkeypatch):

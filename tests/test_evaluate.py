@@ -104,7 +104,7 @@ def test_official_text_of_wikitext_2_is_that_of_the_hugging_face_rows(tmp_path):
     path = tmp_path / "wiki.test.raw"
     path.write_bytes(raw)
     text = official_text(path)
-    assert len(text.split("\n\n")) > 4358
+    assert text.count("\n\n") >= 4357  # rows and the blank lines between them
     ids = Tokenizer.load(LLAMA).encode(text, bos=True)
     # GPTQ and others, which join the same rows alike, report 341,469 tokens with this tokenizer.
     assert len(ids) == 341_469

@@ -1,11 +1,16 @@
 """The sliced cross-entropy against the plain one, values and gradients."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from mobilellm_jax.training import sharding
 from mobilellm_jax.training.loss import cross_entropy_sum, num_slices
+from mobilellm_jax.training.run_config import default_config
 
 RTOL = 1e-5
 B, T, D, V = 2, 12, 16, 37
@@ -66,7 +71,7 @@ def test_bfloat16_inputs_are_accumulated_in_fp32():
 def test_logits_of_all_tokens_never_exist():
     """At a size where they would not fit the budget, no array of B x T x V is in the program."""
     batch, length, vocab = 8, 2048, 32_000
-    slices = num_slices(batch, length, vocab)
+    slices = num_slices(batch, length, vocab, 1)
     program = (
         jax.jit(jax.grad(cross_entropy_sum, (0, 1)), static_argnums=4)
         .lower(
@@ -82,7 +87,34 @@ def test_logits_of_all_tokens_never_exist():
 
 
 def test_number_of_slices_divides_and_fits():
-    assert num_slices(2, 512, 32_000) == 1
-    slices = num_slices(64, 2048, 32_000)
+    assert num_slices(2, 512, 32_000, 1) == 1
+    slices = num_slices(64, 2048, 32_000, 1)
     assert 2048 % slices == 0 and 64 * 2048 // slices * 32_000 <= 64 * 1024 * 1024
-    assert num_slices(1_000_000, 7, 32_000) == 7
+    assert num_slices(1024, 2048, 32_000, 16) == slices  # 64 rows on each device
+    assert num_slices(1_000_000, 7, 32_000, 1) == 7
+
+
+def test_slices_of_a_sharded_batch_do_not_each_reduce_the_head_gradient(devices):
+    """The all-reduce over the batch's parts is outside of the loop over the slices."""
+    settings = default_config().mesh
+    settings.data = 8
+    mesh = sharding.make_mesh(settings)
+    rows = jax.NamedSharding(mesh, P("data"))
+    with sharding.on_mesh(mesh):
+        step = jax.jit(
+            jax.grad(cross_entropy_sum, (0, 1)),
+            static_argnums=4,
+            in_shardings=(rows, sharding.replicated(mesh), rows, rows),
+            out_shardings=(rows, sharding.replicated(mesh)),
+        )
+        args = [np.tile(x, (4,) + (1,) * (x.ndim - 1)) for x in (HIDDEN, TARGETS, WEIGHTS)]
+        compiled = step.lower(args[0], HEAD, *args[1:], 4).compile()
+        grads = step(args[0], HEAD, *args[1:], 4)
+    loops = set(re.findall(r"body=%?([\w.]+)", compiled.as_text()))
+    assert loops
+    computations = re.split(r"\n(?=%|ENTRY)", compiled.as_text())
+    in_loops = [c for c in computations if c.lstrip("%").split(" ")[0] in loops]
+    assert in_loops and not any("all-reduce" in c for c in in_loops)
+    assert any("all-reduce" in c for c in computations)
+    expected = jax.grad(cross_entropy_sum, 1)(args[0], HEAD, *args[1:], 1)
+    np.testing.assert_allclose(grads[1], expected, rtol=1e-4, atol=1e-4)

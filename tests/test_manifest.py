@@ -6,8 +6,9 @@ import random
 
 import pytest
 
+from mobilellm_jax.files import write_file
 from mobilellm_jax.training import manifest
-from mobilellm_jax.training.manifest import MANIFEST_NAME, find_damage, write_file, write_manifest
+from mobilellm_jax.training.manifest import MANIFEST_NAME, find_damage, write_manifest
 
 STEP = 7
 

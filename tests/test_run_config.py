@@ -38,12 +38,16 @@ def test_overrides_change_values_and_keep_their_types():
         ("--config.trian.num_steps=1", 'Did you mean "train"'),
         ("--config.train.num_steps=abc", "num_steps=abc: invalid literal"),
         ("--config.train.num_steps=1.5", "num_steps=1.5: invalid literal"),
-        ("--config.train.num_steps=0", "train.num_steps = 0: use 1 or more"),
+        ("--config.train.num_steps=0", "train.num_steps = 0: use at least 1"),
+        ("--config.optimizer.beta1=2", "beta1 = 2.0: use at least 0 and at most 1"),
+        ("--config.optimizer.clip_norm=0", "clip_norm = 0"),
+        ("--config.optimizer.decay_fraction=9", "decay_fraction = 9"),
+        ("--config.seed=-1", "seed = -1"),
         ("--config.optimizer.peak_lr=nan", "peak_lr = nan"),
         ("--config.model.num_kv_heads=5", r"num_kv_heads = 5 does not divide .* \[1, 3, 9\]"),
         ("--config.model.sharing=twice", "sharing = 'twice': use one of"),
         ("--config.train.accumulation_steps=3", "accumulation_steps = 3 does not divide"),
-        ("--config.checkpoint.keep_last=0", "keep_last = 0: use 1 or more"),
+        ("--config.checkpoint.keep_last=0", "keep_last = 0: use at least 1"),
         ("--config.foo", "write --config.KEY=VALUE"),
     ],
 )
@@ -64,6 +68,14 @@ def test_missing_file_is_named():
         ("    config.train.num_steps = 'many'", "num_steps|str"),
         ("    return None", "get_config"),
         ("    syntax error", "invalid syntax"),
+        ("    config.train.num_steps = stesp", "NameError: name 'stesp'"),
+        ("    import no_such_module", "ModuleNotFoundError"),
+        ("    default_config('126m')", "no preset '126m': use one of 125m, 350m"),
+        (
+            "    config.unlock(); config.train.num_step = 3",
+            "unknown key config.train.num_step; did you mean config.train.num_steps",
+        ),
+        ("    config.unlock(); del config.data.path", "config.data.path is missing"),
     ],
 )
 def test_mistakes_in_a_config_file_name_the_file(tmp_path, body, message):

@@ -18,6 +18,7 @@ from mobilellm_jax.training.run_config import default_config
 from mobilellm_jax.training.step import (
     TrainState,
     all_finite,
+    cast_for_compute,
     loss_sum,
     make_eval_step,
     make_train_step,
@@ -130,6 +131,27 @@ def test_bfloat16_keeps_fp32_master_weights_and_moments():
     assert not np.array_equal(losses, exact)
 
 
+def test_bfloat16_sums_the_gradient_of_a_frequent_token_in_fp32():
+    """A bf16 sum of equal terms stops growing; here one token stands at every position."""
+    tokens = np.full((32, 64), 7, np.int32)
+    batch = {
+        "inputs": tokens,
+        "targets": tokens,
+        "loss_weights": np.ones_like(tokens, np.float32),
+        "segment_ids": np.ones_like(tokens),
+    }
+    config = tiny(num_layers=1, vocab_size=56, tie_embeddings=False)
+
+    def embedding_grad(dtype):
+        weights = cast_for_compute(random_params(config), dtype)
+        grad = jax.grad(loss_sum)(weights, batch, config, Execution(dtype=dtype), False)
+        return np.asarray(grad["embedding"], np.float32)[7]
+
+    exact = embedding_grad("float32")
+    error = np.abs(embedding_grad("bfloat16") - exact).max()
+    assert error < 0.03 * np.abs(exact).max()
+
+
 def test_all_finite_sees_a_single_bad_weight():
     params = jax.tree.map(np.array, make_state().params)
     assert all_finite(params)
@@ -195,6 +217,8 @@ def test_every_sharing_order_trains_sharded(name, devices):
         ((3, 1, 1), "data=3, fsdp=1, tensor=1.* does not multiply to the 8 devices"),
         ((-1, 3, 1), "does not multiply to the 8 devices"),
         ((-1, -1, 1), "does not multiply to the 8 devices"),
+        ((-1, 0, 1), "fsdp = 0: use 1 or more, or -1"),
+        ((-2, 1, 1), "data = -2: use 1 or more, or -1"),
     ],
 )
 def test_meshes_that_do_not_fit_the_devices_are_refused(shape, message, devices):

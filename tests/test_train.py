@@ -211,9 +211,24 @@ def test_a_workdir_of_another_run_is_refused(home, overrides, message):
         (["--config.model.max_seq_len=16"], "sequences of 32 tokens"),
         (["--config.optimizer.warmup_steps=12"], "warmup_steps = 12 leaves nothing"),
         (["--config.optimizer.pek_lr=1"], 'Did you mean "peak_lr"'),
+        (["--config.data.path=nowhere=a"], "has no number behind '='"),
         (["--config.mesh.data=3"], "does not multiply to the 1 devices"),
     ],
 )
+def test_a_second_run_in_the_same_workdir_is_refused(home):
+    with start(home, "held", "--config.train.num_steps=100000") as process:
+        wait_for_line(process, "step  ")
+        second = run(home, "held")
+        process.kill()
+    assert second.returncode == 2 and "another run is training there" in second.stderr
+
+
+def test_a_dataset_without_a_train_split_is_refused(home):
+    run_prepare([], home / "only-valid", valid_inputs=[home / "text.jsonl"], vocab_size=300)
+    failed = run(home, "refused", f"--config.data.path={home / 'only-valid'}")
+    assert failed.returncode == 2 and "has no train split, only valid" in failed.stderr
+
+
 def test_bad_settings_exit_2_and_leave_no_checkpoint(home, overrides, message):
     failed = run(home, "refused", *overrides)
     assert failed.returncode == 2 and re.search(message, failed.stderr), failed.stderr

@@ -3,10 +3,18 @@
 import argparse
 from pathlib import Path
 
-from mobilellm_jax.conversion.huggingface import load_hf, load_hf_tokenizer, save_hf
+from mobilellm_jax.conversion.huggingface import (
+    load_hf,
+    load_hf_provenance,
+    load_hf_tokenizer,
+    save_hf,
+)
 from mobilellm_jax.conversion.safetensors_io import DTYPES
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import SHARED_KV_KINDS, ModelConfig, count_params
+
+# What of a checkpoint's metadata goes into the folder; all but the step come back from it.
+_KEPT = ("step", "bos", "mask_documents")
 
 _EPILOG = """\
 examples:
@@ -50,14 +58,16 @@ def main(args: argparse.Namespace) -> None:
             model.params,
             tokenizer_model=model.tokenizer_model,
             dtype=args.dtype or "float32",
-            provenance={"step": model.metadata["step"]},
+            provenance={k: model.metadata[k] for k in _KEPT if k in model.metadata},
         )
         _print_exported(Path(args.output), model.config)
     else:
         _check_flags(args, "--from", needed="input", foreign=("checkpoint", "dtype"))
         config, params = load_hf(args.input, shared_kv=args.shared_kv)
         tokenizer_model = load_hf_tokenizer(args.input)
-        checkpoints.save_params(args.output, config, params, tokenizer_model)
+        provenance = load_hf_provenance(args.input)
+        metadata = {k: provenance[k] for k in _KEPT[1:] if k in provenance}
+        checkpoints.save_params(args.output, config, params, tokenizer_model, metadata)
         print(f"Read {args.input}: {_describe(config)}.")
         print(f"Wrote a checkpoint to {args.output}", end="")
         print(" with its tokenizer." if tokenizer_model else "; there was no tokenizer.model.")

@@ -145,6 +145,13 @@ def load_hf_tokenizer(path: str | Path) -> bytes | None:
     return Tokenizer.load(file).model_bytes if file.exists() else None
 
 
+def load_hf_provenance(path: str | Path) -> dict[str, Any]:
+    """What `save_hf` was told of the model's training; {} for folders of others."""
+    own = read_json(inside(_checked_folder(path), _CONFIG)).get(hf_config.OWN_KEY, {})
+    provenance = own.get("provenance", {}) if isinstance(own, dict) else {}
+    return dict(provenance) if isinstance(provenance, dict) else {}
+
+
 def _checked_folder(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.is_dir():

@@ -189,7 +189,7 @@ def train_batches(
         its batch is due.
     """
     sources = [open_split(directory, "train") for directory, _ in datasets]
-    _check_mixture(sources, [weight for _, weight in datasets], sequence_length)
+    check_mixture(sources, [weight for _, weight in datasets], sequence_length)
     if global_batch_size < 1 or global_batch_size % process_count:
         raise UserError(
             f"global batch size {global_batch_size} does not divide into {process_count} equal "
@@ -274,7 +274,8 @@ def _prefetched(
     return iter(batches.to_iter_dataset(options))
 
 
-def _check_mixture(sources: list[RecordSource], weights: list[float], sequence_length: int) -> None:
+def check_mixture(sources: list[RecordSource], weights: list[float], sequence_length: int) -> None:
+    """Raises UserError unless the datasets can be mixed: one tokenizer, one length, weights > 0."""
     if not sources:
         raise UserError("no dataset to train on; name at least one")
     first = sources[0]

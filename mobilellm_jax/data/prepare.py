@@ -14,7 +14,6 @@ import tqdm
 
 from mobilellm_jax import __version__
 from mobilellm_jax.data.encoding import encode_in_order
-from mobilellm_jax.data.folder import folder_in_the_making
 from mobilellm_jax.data.packing import SplitWriter
 from mobilellm_jax.data.records import (
     HEADER_FILE,
@@ -27,6 +26,7 @@ from mobilellm_jax.data.sources import BLOCK_BYTES, Source, find_sources
 from mobilellm_jax.data.splits import Settings, batches_of, training_sample
 from mobilellm_jax.data.tokenizer import Tokenizer, train_tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import folder_in_the_making
 
 
 def prepare(

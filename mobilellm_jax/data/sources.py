@@ -182,8 +182,13 @@ class Source:
                 ) from error
 
     def _parquet_rows(self, field: str, split_field: str | None) -> Iterator[tuple[int, Any]]:
-        import pyarrow  # heavy, and only this format needs it
-        import pyarrow.parquet
+        try:
+            import pyarrow  # heavy, and only this format needs it
+            import pyarrow.parquet
+        except ImportError as error:
+            raise UserError(
+                f"{self.path}: Parquet needs pyarrow; pip install 'mobilellm_jax[data]'"
+            ) from error
 
         line = 0
         try:

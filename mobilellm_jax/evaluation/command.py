@@ -25,15 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", metavar="DIR", help="a folder made by `mobilellm prepare`")
     what.add_argument("--text", metavar="FILE", help="a text file, such as WikiText-2's test set")
-    add("--split", default="valid", help="of --data (default: %(default)s)")
+    add("--split", metavar="NAME", help="of --data (default: valid)")
     add(
         "--protocol",
         choices=["official"],
-        default="official",
         help="of --text: chunks of 2048 tokens as in the official MobileLLM eval.py",
     )
-    add("--batch_size", type=int, default=8, metavar="N", help="sequences (default: %(default)s)")
-    add("--max_records", type=int, metavar="N", help="only the first N records of the split")
+    add("--batch_size", type=int, metavar="N", help="of --data, in sequences (default: 8)")
+    add("--max_records", type=int, metavar="N", help="of --data: only the first N records")
     add("--tokenizer", metavar="FILE", help="for a folder without tokenizer.model")
     add("--output", metavar="FILE", help="also write the figures as JSON")
 
@@ -45,6 +44,14 @@ def main(args: argparse.Namespace) -> None:
     from mobilellm_jax.model.transformer import Execution
     from mobilellm_jax.training.hardware import compute_dtype
 
+    foreign = ("split", "batch_size", "max_records") if args.text else ("protocol",)
+    for flag in foreign:
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag} has no meaning with --{'text' if args.text else 'data'}")
+    for flag in ("batch_size", "max_records"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise UserError(f"--{flag} {value}: use 1 or more")
+    split = args.split or "valid"
     model = load_text_model(args.checkpoint, args.tokenizer)
     execution = Execution(dtype=compute_dtype("auto"))
     if args.text:
@@ -56,12 +63,12 @@ def main(args: argparse.Namespace) -> None:
             progress=True,
         )
     else:
-        what = f"{args.data}, {args.split} split"
+        what = f"{args.data}, {split} split"
         result = perplexity.dataset_perplexity(
             model,
             args.data,
-            args.split,
-            batch_size=args.batch_size,
+            split,
+            batch_size=args.batch_size or 8,
             max_records=args.max_records,
             execution=execution,
         )

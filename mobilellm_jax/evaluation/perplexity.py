@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from mobilellm_jax.data.loader import eval_batches, open_split
@@ -137,11 +138,20 @@ def official_perplexity(
     The text is tokenised whole with one BOS in front, cut into chunks of `chunk` tokens of which
     the last partial one is dropped, and each chunk predicts its own tokens but the first; the
     result is the exponential of the mean over chunks of their mean losses. Not comparable with
-    sliding-window figures. `bits_per_byte` refers to the bytes of the predicted tokens.
+    sliding-window figures. `bits_per_byte` takes the predicted tokens to have their share of the
+    bytes of the joined text.
 
     Raises:
       UserError: fewer tokens than one chunk.
     """
+    if model.tokenizer.bos_id is None:
+        raise UserError("the tokenizer has no BOS, with which the official protocol begins")
+    if chunk > model.config.max_seq_len:
+        logging.warning(
+            "chunks of %d tokens, but the model is meant for %d: the figure will be poor",
+            chunk,
+            model.config.max_seq_len,
+        )
     ids = np.array(model.tokenizer.encode(text, bos=True), np.int32)
     num_chunks = len(ids) // chunk
     if num_chunks == 0:

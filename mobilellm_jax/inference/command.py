@@ -39,6 +39,8 @@ def main(args: argparse.Namespace) -> None:
     from mobilellm_jax.loading import load_text_model
 
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed {args.seed}: use 0 to {2**32 - 1}")
     if args.max_tokens < 1:
         raise UserError(f"--max_tokens {args.max_tokens}: use 1 or more")
     prompts = list(args.prompt or [])

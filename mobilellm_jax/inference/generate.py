@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
@@ -30,8 +31,8 @@ def generate_tokens(
 ) -> Iterator[np.ndarray]:
     """Continues each prompt; yields the next token of every row as soon as it is known.
 
-    Row i of a batch gives what it would give alone with the same seed and the same row number,
-    whatever the lengths of the other prompts. Generation ends when every row has stopped, after
+    Row i gives the same tokens whatever the other prompts are; only the room that the longest one
+    leaves in the context limits them all. Generation ends when every row has stopped, after
     `max_tokens` tokens, or when the longest row fills the context of the model.
 
     Args:
@@ -46,7 +47,14 @@ def generate_tokens(
         the context.
     """
     lengths = _check_prompts(config, prompts)
-    max_tokens = min(max_tokens, config.max_seq_len - max(lengths))
+    room = config.max_seq_len - max(lengths)
+    if room < max_tokens:
+        logging.warning(
+            "the longest prompt leaves room for %d tokens in the context of %d: generating no more",
+            room,
+            config.max_seq_len,
+        )
+        max_tokens = room
     padded = _round_up(max(lengths))
     tokens = np.zeros((len(prompts), padded), np.int32)
     for row, prompt in enumerate(prompts):

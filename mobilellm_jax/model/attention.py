@@ -51,23 +51,39 @@ def apply_rope(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Ar
 def choose_attention(requested: str, q_BTNH: jax.Array) -> str:
     """The kernel for an uncached pass: "cudnn" or "xla".
 
-    "auto" takes cuDNN's flash attention on NVIDIA GPUs for 16-bit inputs whose head width it
-    supports, and XLA elsewhere.
+    "auto" takes cuDNN's flash attention where it runs: NVIDIA GPUs from Ampere on, 16-bit inputs,
+    head widths that are multiples of 8 up to 128, an even number of tokens (its masks need that).
+    Elsewhere it takes XLA.
 
     Raises:
       UserError: cuDNN was asked for by name where it cannot run.
     """
-    on_gpu = jax.default_backend() == "gpu"
-    supported = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and q_BTNH.shape[-1] % 8 == 0
-    if requested == "cudnn" and not (on_gpu and supported):
+    num_tokens, head_dim = q_BTNH.shape[1], q_BTNH.shape[-1]
+    capability = _cuda_capability()
+    runs = (
+        capability >= 8.0
+        and q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
+        and head_dim % 8 == 0
+        and head_dim <= 128
+        and num_tokens % 2 == 0
+    )
+    if requested == "cudnn" and not runs:
         raise UserError(
-            f"execution.attention = 'cudnn' needs an NVIDIA GPU, bfloat16 or float16 and a head "
-            f"width divisible by 8; here: {jax.default_backend()}, {q_BTNH.dtype}, head width "
-            f"{q_BTNH.shape[-1]}. Use 'auto'"
+            "execution.attention = 'cudnn' needs an NVIDIA GPU from Ampere on, bfloat16 or float16,"
+            " a head width divisible by 8 up to 128 and an even number of tokens; here: "
+            f"{jax.default_backend()}, {q_BTNH.dtype}, {head_dim}, {num_tokens}. Use 'auto'"
         )
     if requested == "auto":
-        return "cudnn" if on_gpu and supported else "xla"
+        return "cudnn" if runs else "xla"
     return requested
+
+
+def _cuda_capability() -> float:
+    """Compute capability of the first device, 0 if it is not an NVIDIA GPU."""
+    device = jax.local_devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
+        return 0.0
+    return float(device.compute_capability)
 
 
 def causal_attention(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import RulesFallback
 
 from mobilellm_jax.model.attention import (
     CachedKeyValue,
@@ -26,6 +27,11 @@ class TokenContext(NamedTuple):
     rope: tuple[jax.Array, jax.Array]  # cosines and sines, [B, T, H] each
     segment_ids: jax.Array | None  # [B, T]
     cache_lengths: jax.Array | None  # [B]
+
+
+def constrain(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Lays an activation out by the rules of the mesh, if there is one; unknown axes are errors."""
+    return nn.with_logical_constraint(x, axes, fallback=RulesFallback.RAISE_ERROR)
 
 
 def _matrix(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]):
@@ -107,7 +113,7 @@ class Attention(nn.Module):
             v_BTKH = project(x_BTD, value.reshape(D, K * H)).reshape(B, T, K, H)
             k_BTKH = apply_rope(k_BTKH, context.rope)
             given = KeyValue(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
-        q_BTNH = nn.with_logical_constraint(q_BTNH, ("batch", "seq", "act_heads", "head_dim"))
+        q_BTNH = constrain(q_BTNH, ("batch", "seq", "act_heads", "head_dim"))
         if cached is not None:
             cached = CachedKeyValue(*cached, context.cache_lengths)
         with jax.named_scope("attend"):
@@ -137,7 +143,7 @@ class FeedForward(nn.Module):
             hidden = jax.nn.silu(project(x_BTD, gate)) * hidden
         else:
             hidden = jax.nn.relu(hidden)
-        hidden = nn.with_logical_constraint(hidden, ("batch", "seq", "act_ffn"))
+        hidden = constrain(hidden, ("batch", "seq", "act_ffn"))
         return project(hidden, down)
 
 
@@ -162,4 +168,4 @@ class Block(nn.Module):
         x_BTD = x_BTD + attended
         normed = RMSNorm(c.norm_eps, name="ffn_norm")(x_BTD)
         x_BTD = x_BTD + FeedForward(c, name="ffn")(normed)
-        return nn.with_logical_constraint(x_BTD, ("batch", "seq", "act_embed")), key_value
+        return constrain(x_BTD, ("batch", "seq", "act_embed")), key_value

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.attention import ATTENTION_KINDS, KeyValue, rope_tables
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model.layers import Block, RMSNorm, TokenContext
+from mobilellm_jax.model.layers import Block, RMSNorm, TokenContext, constrain
 
 REMAT_POLICIES = {
     "none": None,
@@ -178,8 +178,8 @@ class MobileLLM(nn.Module):
             cache_lengths=None if cache is None else cache.lengths,
         )
         with jax.named_scope("embed"):
-            x_BTD = self.embedding.astype(self.execution.dtype)[tokens_BT]
-        x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "seq", "act_embed"))
+            x_BTD = self.embedding[tokens_BT].astype(self.execution.dtype)
+        x_BTD = constrain(x_BTD, ("batch", "seq", "act_embed"))
         held = None if cache is None else KeyValue(cache.keys, cache.values)
         x_BTD, fresh = self._run_blocks(x_BTD, context, held, collect_key_values)
         return self.final_norm(x_BTD), fresh

@@ -29,6 +29,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import write_file
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import abstract_params
 from mobilellm_jax.training.checkpoint_files import (
@@ -46,7 +47,7 @@ from mobilellm_jax.training.checkpoint_files import (
     read_tree,
     warn_of_damage,
 )
-from mobilellm_jax.training.manifest import find_damage, write_file, write_manifest
+from mobilellm_jax.training.manifest import find_damage, write_manifest
 
 DAMAGED_NAME = "checkpoints_damaged"
 
@@ -360,7 +361,11 @@ def load_checkpoint(path: str | Path) -> SavedModel:
 
 
 def save_params(
-    workdir: str | Path, config: ModelConfig, params: Any, tokenizer_model: bytes | None = None
+    workdir: str | Path,
+    config: ModelConfig,
+    params: Any,
+    tokenizer_model: bytes | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a checkpoint of parameters only, as step 0 of a new `workdir`.
 
@@ -374,7 +379,7 @@ def save_params(
             0,
             params=params,
             opt_state=None,
-            metadata={"model": config.to_dict()},
+            metadata={**(metadata or {}), "model": config.to_dict()},
             tokenizer_model=tokenizer_model,
         )
 

@@ -26,6 +26,11 @@ def parse_mixture(path: str) -> list[tuple[str, float]]:
 
 def check_dataset(folder: str, header: DatasetHeader, model: ModelConfig) -> None:
     """Raises UserError if `model` cannot be trained on the dataset in `folder`."""
+    if "train" not in header.splits:
+        raise UserError(
+            f"{folder}: has no train split, only {', '.join(header.splits)}; prepare it with "
+            "--input FILES for training"
+        )
     if header.vocab_size != model.vocab_size:
         raise UserError(
             f"{folder}: its tokenizer has {header.vocab_size} pieces, but config.model.vocab_size "

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir", required=True, metavar="DIR", help="for checkpoints, metrics and the plot"
     )
     parser.add_argument(
-        "--config.KEY", dest="_", metavar="VALUE", help="change one value of the config"
+        "--config.KEY=VALUE", dest="_", action="store_true", help="change one value of the config"
     )
 
 

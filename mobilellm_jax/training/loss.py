@@ -11,14 +11,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Logits held at a time, in elements per sequence slice of the whole batch (256 MB in fp32).
+from mobilellm_jax.model.layers import constrain
+
+# Logits held at a time by one device, in elements (256 MB in fp32).
 _MAX_LOGITS = 64 * 1024 * 1024
 
 
-def num_slices(batch_size: int, seq_len: int, vocab_size: int) -> int:
-    """The fewest equal slices of the sequence whose logits stay within the budget."""
+def batch_shards() -> int:
+    """Parts that the rows of a batch are split into on the mesh in force; 1 without a mesh."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return shape.get("data", 1) * shape.get("fsdp", 1)
+
+
+def num_slices(batch_size: int, seq_len: int, vocab_size: int, shards: int) -> int:
+    """The fewest equal slices of the sequence whose logits stay within a device's budget."""
+    rows = batch_size // shards
     for slices in range(1, seq_len + 1):
-        if seq_len % slices == 0 and batch_size * (seq_len // slices) * vocab_size <= _MAX_LOGITS:
+        if seq_len % slices == 0 and rows * (seq_len // slices) * vocab_size <= _MAX_LOGITS:
             return slices
     return seq_len
 
@@ -40,6 +49,7 @@ def cross_entropy_sum(
       weights_BT: fp32; 0 leaves a token out.
       slices: number of parts, dividing T, in which the logits are computed.
     """
+    head_VD = head_VD.astype(hidden_BTD.dtype)
     total, _ = lax.scan(
         lambda total, part: (total + _slice_loss(head_VD, *part)[0], None),
         jnp.float32(0),
@@ -63,7 +73,7 @@ def _slice_loss(head_VD, hidden_BCD, targets_BC, weights_BC):
         logits = jnp.einsum(
             "BCD,VD->BCV",
             hidden_BCD,
-            head_VD.astype(hidden_BCD.dtype),
+            head_VD,
             preferred_element_type=jnp.float32,
         )
     normalizer_BC = jax.nn.logsumexp(logits, axis=-1)
@@ -73,24 +83,42 @@ def _slice_loss(head_VD, hidden_BCD, targets_BC, weights_BC):
 
 def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, slices):
     vocab = lax.iota(jnp.int32, head_VD.shape[0])
+    compute_head_VD = head_VD.astype(hidden_BTD.dtype)
+    # The head's gradient is summed up separately for each part of the batch (P of them) and over
+    # the parts only once, after the scan: else every slice would end in an all-reduce of V x D.
+    P = batch_shards()
+    if hidden_BTD.shape[0] % P:
+        P = 1
 
     def one_slice(carry, part):
-        total, d_head_DV = carry
+        total, d_head_PDV = carry
         hidden, targets, weights = part
-        loss, logits, normalizer = _slice_loss(head_VD, hidden, targets, weights)
+        loss, logits, normalizer = _slice_loss(compute_head_VD, hidden, targets, weights)
         probabilities = jnp.exp(logits - normalizer[..., None])
         is_target = targets[..., None] == vocab[None, None, :]
         d_logits = ((probabilities - is_target) * weights[..., None]).astype(hidden.dtype)
-        d_hidden = jnp.einsum("BCV,VD->BCD", d_logits, head_VD.astype(hidden.dtype))
+        d_hidden = jnp.einsum("BCV,VD->BCD", d_logits, compute_head_VD)
         # [D, V], so that XLA on CPU has the hidden states to transpose and not the logits.
-        d_head_DV += jnp.einsum("BCD,BCV->DV", hidden, d_logits, preferred_element_type=jnp.float32)
-        return (total + loss, d_head_DV), d_hidden
+        d_head_PDV += jnp.einsum(
+            "PRCD,PRCV->PDV",
+            hidden.reshape(P, -1, *hidden.shape[1:]),
+            d_logits.reshape(P, -1, *d_logits.shape[1:]),
+            preferred_element_type=jnp.float32,
+        )
+        return (total + loss, _by_part(d_head_PDV)), d_hidden
 
-    start = (jnp.float32(0), jnp.zeros(head_VD.shape[::-1], jnp.float32))
+    d_head_PDV = _by_part(jnp.zeros((P, *head_VD.shape[::-1]), jnp.float32))
     parts = _sequence_slices(slices, hidden_BTD, targets_BT, weights_BT)
-    (total, d_head_DV), d_hidden = lax.scan(one_slice, start, parts)
+    (total, d_head_PDV), d_hidden = lax.scan(one_slice, (jnp.float32(0), d_head_PDV), parts)
     d_hidden_BTD = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden_BTD.shape)
+    # The barrier keeps XLA from folding the transposition into the product, in a form that its CPU
+    # backend does not have for bf16 (jaxlib 0.10.2: "Unsupported element type for DotThunk").
+    d_head_DV = lax.optimization_barrier(d_head_PDV.sum(axis=0))
     return total, (d_hidden_BTD, d_head_DV.T.astype(head_VD.dtype))
+
+
+def _by_part(d_head_PDV):
+    return constrain(d_head_PDV, ("batch", "act_embed", "vocab"))
 
 
 def _backward(slices, residuals, d_total):

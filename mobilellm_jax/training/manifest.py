@@ -14,6 +14,8 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+from mobilellm_jax.files import sync_folder, write_file
+
 MANIFEST_NAME = "manifest.json"
 # Orbax writes these two between the last moment we can act and its renaming of the folder that
 # commits it. They hold timestamps and the word "successful"; nothing here ever reads them.
@@ -24,17 +26,6 @@ _MAX_MANIFEST_BYTES = 64 << 20  # some 400,000 files; checked before anything is
 _READ_BYTES = 4 << 20
 _NUM_THREADS = 8
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes `path` so that it holds either what it held before or all of `content`."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
 
 
 def write_manifest(folder: Path, step: int) -> None:
@@ -55,7 +46,7 @@ def write_manifest(folder: Path, step: int) -> None:
         for name, digest in zip(names, digests, strict=True)
     }
     for directory in {(folder / name).parent for name in names}:
-        _sync_folder(directory)
+        sync_folder(directory)
     write_file(folder / MANIFEST_NAME, _encode(step, files))
 
 
@@ -182,11 +173,3 @@ def _hash_file(path: Path, *, sync: bool) -> str:
         if sync:
             os.fsync(file.fileno())
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

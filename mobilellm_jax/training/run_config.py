@@ -4,7 +4,10 @@ A config file is a Python file with a function `get_config()` that changes what 
 `default_config()`. Keys that are not in here cannot be set, from a file or from the command line.
 """
 
+import difflib
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_collections
@@ -18,10 +21,13 @@ from mobilellm_jax.model.presets import PRESETS
 
 def default_config(preset: str = "125m") -> ml_collections.ConfigDict:
     """The run that the paper and the official script describe, for the named architecture."""
+    if preset not in PRESETS:
+        raise UserError(f"no preset {preset!r}: use one of {', '.join(PRESETS)}")
     config = ml_collections.ConfigDict()
     # Of parameters and of the order of the data.
     config.seed = 0
-    # Architecture: every field of `ModelConfig`.
+    # Architecture: every field of `ModelConfig`. They do not follow each other: whoever changes
+    # embed_dim changes num_heads and ffn_dim too (ffn_dim = 0 takes the rule of the paper).
     config.model = ml_collections.ConfigDict(PRESETS[preset].to_dict())
 
     config.data = ml_collections.ConfigDict()
@@ -104,12 +110,33 @@ def load_config(path: str, overrides: list[str] = ()) -> ml_collections.ConfigDi
         config = values["config"].value
         if not isinstance(config, ml_collections.ConfigDict):
             raise TypeError(f"get_config() returned {config!r}, not a ConfigDict")
-    except (AttributeError, KeyError, TypeError, ValueError, flags.Error, SyntaxError) as error:
+    except Exception as error:  # the file is a program: it may raise anything
         text = str(error.args[0] if error.args else error)  # a KeyError shows itself quoted
         where = " ".join([path, *overrides])
-        raise UserError(f"{where}: {' '.join(text.split())}") from error
+        raise UserError(f"{where}: {type(error).__name__}: {' '.join(text.split())}") from error
+    _check_keys(path, config)
     _validate(config)
     return config
+
+
+def _check_keys(path: str, config: ml_collections.ConfigDict) -> None:
+    """A file may unlock the config; it still may not add or lose keys."""
+    known, found = (set(_flat_keys(c.to_dict())) for c in (default_config(), config))
+    for key in sorted(found - known):
+        near = difflib.get_close_matches(key, known, n=1)
+        raise UserError(
+            f"{path}: unknown key config.{key}" + (f"; did you mean config.{near[0]}?" * bool(near))
+        )
+    for key in sorted(known - found):
+        raise UserError(f"{path}: config.{key} is missing; start from default_config()")
+
+
+def _flat_keys(values: dict, prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat_keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
 
 
 def model_config(config: ml_collections.ConfigDict) -> ModelConfig:
@@ -117,26 +144,38 @@ def model_config(config: ml_collections.ConfigDict) -> ModelConfig:
     return ModelConfig.from_dict(config.model.to_dict())
 
 
+# Key -> smallest and largest value that make sense.
+_RANGES = {
+    "seed": (0, 2**31 - 1),
+    "train.num_steps": (1, 2**31 - 1),
+    "train.global_batch_size": (1, math.inf),
+    "train.accumulation_steps": (1, math.inf),
+    "log.every_steps": (1, math.inf),
+    "eval.every_steps": (0, math.inf),
+    "eval.num_records": (1, math.inf),
+    "checkpoint.every_steps": (1, math.inf),
+    "checkpoint.keep_last": (1, math.inf),
+    "checkpoint.keep_every": (0, math.inf),
+    "optimizer.warmup_steps": (0, math.inf),
+    "optimizer.peak_lr": (0, 1e30),
+    "optimizer.final_lr_fraction": (0, 1),
+    "optimizer.decay_fraction": (0, 1),
+    "optimizer.weight_decay": (0, 1e30),
+    "optimizer.beta1": (0, 1 - 1e-9),
+    "optimizer.beta2": (0, 1 - 1e-9),
+    "optimizer.epsilon": (1e-30, 1),
+    "optimizer.clip_norm": (1e-30, 1e30),
+}
+
+
 def _validate(config: ml_collections.ConfigDict) -> None:
     model_config(config)
-    for key, minimum in (
-        ("train.num_steps", 1),
-        ("train.global_batch_size", 1),
-        ("train.accumulation_steps", 1),
-        ("log.every_steps", 1),
-        ("eval.every_steps", 0),
-        ("eval.num_records", 1),
-        ("checkpoint.every_steps", 1),
-        ("checkpoint.keep_last", 1),
-        ("checkpoint.keep_every", 0),
-        ("optimizer.warmup_steps", 0),
-        ("optimizer.peak_lr", 0),
-        ("optimizer.weight_decay", 0),
-        ("optimizer.clip_norm", 0),
-    ):
-        section, name = key.split(".")
-        if not (value := config[section][name]) >= minimum:
-            raise UserError(f"config.{key} = {value}: use {minimum} or more")
+    for key, (smallest, largest) in _RANGES.items():
+        *section, name = key.split(".")
+        value = (config[section[0]] if section else config)[name]
+        if not smallest <= value <= largest:
+            at_most = f" and at most {largest:g}" if largest < math.inf else ""
+            raise UserError(f"config.{key} = {value}: use at least {smallest:g}{at_most}")
     if config.train.global_batch_size % config.train.accumulation_steps:
         raise UserError(
             f"config.train.accumulation_steps = {config.train.accumulation_steps} does not divide "

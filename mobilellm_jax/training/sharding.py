@@ -32,7 +32,7 @@ RULES = (
 )
 
 
-def make_mesh(config: ConfigDict, devices: list | None = None) -> Mesh:
+def make_mesh(config: ConfigDict) -> Mesh:
     """The mesh over all devices; one device is a mesh of one.
 
     Args:
@@ -41,8 +41,11 @@ def make_mesh(config: ConfigDict, devices: list | None = None) -> Mesh:
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = jax.devices()
     sizes = [config[axis] for axis in MESH_AXES]
+    for axis, size in zip(MESH_AXES, sizes, strict=True):
+        if size < 1 and size != -1:
+            raise UserError(f"config.mesh.{axis} = {size}: use 1 or more, or -1 for the rest")
     known = 1
     for size in sizes:
         known *= max(1, size)
@@ -55,7 +58,7 @@ def make_mesh(config: ConfigDict, devices: list | None = None) -> Mesh:
             "set one axis to -1 to take what the others leave"
         )
     # Linen's constraints need axes that the compiler is free to propagate.
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import optax
 
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import Execution, MobileLLM
-from mobilellm_jax.training.loss import cross_entropy_sum, num_slices
+from mobilellm_jax.training.loss import batch_shards, cross_entropy_sum, num_slices
 
 
 @flax.struct.dataclass
@@ -47,14 +47,19 @@ def loss_sum(
             head_VD,
             batch["targets"],
             batch["loss_weights"],
-            num_slices(*batch["targets"].shape, config.vocab_size),
+            num_slices(*batch["targets"].shape, config.vocab_size, batch_shards()),
         )
 
 
 def cast_for_compute(params: dict, dtype: str) -> dict:
-    """Matrices in the compute dtype, once per step; norms stay fp32, they are tiny."""
+    """Matrices in the compute dtype, once per step.
+
+    Norms stay fp32, they are tiny; so does the embedding, whose gradient is a sum over all places
+    where a token stands (a bf16 sum of ones ends at 256).
+    """
+    keep = ("scale", "embedding")
     return jax.tree.map_with_path(
-        lambda path, p: p if path[-1].key == "scale" else p.astype(dtype), params
+        lambda path, p: p if path[-1].key in keep else p.astype(dtype), params
     )
 
 

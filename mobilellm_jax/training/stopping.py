@@ -1,6 +1,7 @@
 """Why a run stops before its last step: numbers that are none, and signals."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -45,9 +46,10 @@ def stop_signals() -> Iterator[threading.Event]:
     previous = {}
 
     def request(number, _):
-        print(f"{signal.Signals(number).name}: saving the current step ...", flush=True)
         stop.set()
         signal.signal(number, previous[number])
+        # Not print: the signal may have interrupted one.
+        os.write(2, f"{signal.Signals(number).name}: saving the current step ...\n".encode())
 
     for number in (signal.SIGTERM, signal.SIGINT):
         previous[number] = signal.signal(number, request)

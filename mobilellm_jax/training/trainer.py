@@ -13,10 +13,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mobilellm_jax.data.loader import eval_batches, train_batches
+from mobilellm_jax.data.loader import check_mixture, eval_batches, open_split, train_batches
 from mobilellm_jax.data.records import DatasetHeader
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation.perplexity import split_perplexity
+from mobilellm_jax.files import lock_folder, write_file
 from mobilellm_jax.model.config import count_params, train_flops_per_token
 from mobilellm_jax.model.transformer import Execution, init_params
 from mobilellm_jax.training import run_config
@@ -55,23 +56,55 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     run = _Run(config)
     settings = config.checkpoint
     with (
+        stop_signals() as stop,  # outermost: leaving Checkpoints waits for the last save
         on_mesh(run.mesh),
+        _held(workdir),
         Checkpoints(
             workdir, keep_last=settings.keep_last, keep_every=settings.keep_every or None
         ) as checkpoints,
-        stop_signals() as stop,
     ):
         start_step, state = run.restore_or_init(checkpoints)
         if start_step >= config.train.num_steps:
             print(f"finished: {workdir} is at step {start_step:,} of {config.train.num_steps:,}")
             return
         run.announce(workdir, start_step)
-        with contextlib.closing(run.metrics_log(workdir, start_step)) as log:
+        with contextlib.closing(run.metrics_log(workdir, start_step)) as log, _memory_errors():
             step = run.loop(start_step, state, checkpoints, log, stop)
     if step < config.train.num_steps:
         print(f"stopped by a signal, step {step:,} is saved; run the same command to go on")
     else:
         print(f"finished: step {step:,}, checkpoint and loss curve (loss.png) in {workdir}")
+
+
+@contextlib.contextmanager
+def _held(workdir: Path) -> Iterator[None]:
+    """Keeps a second run out of the workdir (the first process holds it for all)."""
+    if jax.process_index() != 0:
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(
+        workdir, f"{workdir}: another run is training there; wait for it, or use another workdir"
+    )
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turns the compiler's and the allocator's "out of memory" into a UserError."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"a device is out of memory ({str(error).splitlines()[0]}): raise "
+            "config.train.accumulation_steps, lower config.train.global_batch_size, or set "
+            "config.execution.remat to 'dots' or 'full'"
+        ) from error
 
 
 class _Run:
@@ -84,17 +117,21 @@ class _Run:
         self.headers = [DatasetHeader.load(folder) for folder, _ in self.datasets]
         for (folder, _), header in zip(self.datasets, self.headers, strict=True):
             check_dataset(folder, header, self.model)
+        self.seq_len = self.headers[0].sequence_length
+        check_mixture(
+            [open_split(folder, "train") for folder, _ in self.datasets],
+            [weight for _, weight in self.datasets],
+            self.seq_len,
+        )
         self.tokenizer_model = self.headers[0].tokenizer(self.datasets[0][0]).model_bytes
         execution = config.execution.to_dict()
         self.execution = Execution(**execution | {"dtype": compute_dtype(execution["dtype"])})
         self.mesh = make_mesh(config.mesh)
         check_batch(config.train, self.mesh)
 
-        self.seq_len = self.headers[0].sequence_length
         self.tokens_per_step = config.train.global_batch_size * self.seq_len
         self.flops_per_token = train_flops_per_token(self.model, self.seq_len).causal
-        device = self.mesh.devices.flat[0]
-        self.peak = peak_flops(device, self.execution.dtype)
+        self.peak = peak_flops(jax.local_devices()[0], self.execution.dtype)
 
         schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
         self.optimizer = make_optimizer(config.optimizer, config.train.num_steps)
@@ -194,6 +231,7 @@ class _Run:
             "model": self.model.to_dict(),
             "position": step * self.config.train.global_batch_size,
             "bos": self.headers[0].bos,
+            "mask_documents": self.config.data.mask_documents,
             "sample_order": self.sample_order(),
             "run": json.loads(self.config.to_json_best_effort()),
         }
@@ -217,10 +255,7 @@ class _Run:
         if jax.process_index() != 0:
             return
         text = self.config.to_json_best_effort(indent=2)
-        workdir.mkdir(parents=True, exist_ok=True)
-        part = workdir / "config.json.part"
-        part.write_text(text + "\n")
-        os.replace(part, workdir / "config.json")
+        write_file(workdir / "config.json", (text + "\n").encode())
         total = self.config.train.num_steps * self.tokens_per_step
         data = sum(header.splits["train"].num_tokens for header in self.headers)
         axes = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
@@ -234,9 +269,20 @@ class _Run:
             f"batch    {self.tokens_per_step:,} tokens per step, "
             f"{self.config.train.num_steps:,} steps, from step {start_step:,}\n"
             f"devices  {self.mesh.size} x {device} (mesh: {axes}), {self.execution.dtype}, peak "
-            f"{self.peak.value / 1e12:.3g} TFLOP/s each, {self.peak.source}",
+            f"{self.peak.value / 1e12:.3g} TFLOP/s each, {self.peak.source}\n"
+            f"eval     {self.describe_eval()}",
             flush=True,
         )
+
+    def describe_eval(self) -> str:
+        """What the loop evaluates on, in words."""
+        folder, settings = self.datasets[0][0], self.config.eval
+        if "valid" not in self.headers[0].splits:
+            return f"none: {folder} has no valid split"
+        if not settings.every_steps:
+            return "none: config.eval.every_steps = 0"
+        num_records = min(settings.num_records, self.headers[0].splits["valid"].num_records)
+        return f"every {settings.every_steps:,} steps on {num_records:,} records of {folder}"
 
     def loop(
         self,
@@ -321,9 +367,11 @@ class _Run:
     def compile(self, state: TrainState, batch: dict[str, jax.Array]) -> Callable:
         """The compiled training step; says how long it took."""
         start = time.monotonic()
+        if jax.process_index() == 0:
+            print("compiling the training step ...", flush=True)
         compiled = self.train_step.lower(state, batch).compile()
         if jax.process_index() == 0:
-            print(f"compiled the training step in {time.monotonic() - start:.1f} s", flush=True)
+            print(f"compiled in {time.monotonic() - start:.1f} s", flush=True)
         return compiled
 
     def evaluate(self, step: int, state: TrainState, log: MetricsLog) -> None:

@@ -1,4 +1,4 @@
-"""A folder that is written whole or not at all."""
+"""Files and folders that are written whole or not at all, by one process at a time."""
 
 import contextlib
 import fcntl
@@ -21,11 +21,11 @@ def folder_in_the_making(output: Path) -> Iterator[Path]:
     partial = output.with_name(output.name + ".partial")
     try:
         if partial.exists():
-            os.close(_lock(partial))
+            os.close(_lock_to_prepare(partial))
             print(f"removing {partial}, left over from an interrupted run", file=sys.stderr)
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
-        lock = _lock(partial)
+        lock = _lock_to_prepare(partial)
     except OSError as error:
         raise UserError(f"{partial}: cannot write there ({error.strerror})") from error
     try:
@@ -44,12 +44,40 @@ def folder_in_the_making(output: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _lock(partial: Path) -> int:
-    """Holds the folder against a second run; the system lets go when this process ends."""
-    descriptor = os.open(partial, os.O_RDONLY)
+def _lock_to_prepare(partial: Path) -> int:
+    return lock_folder(partial, f"{partial}: another prepare is writing there; wait for it")
+
+
+def lock_folder(folder: Path, message: str) -> int:
+    """Holds the folder against other processes until the descriptor is closed or we end.
+
+    Raises:
+      UserError: with `message`, if another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise UserError(f"{partial}: another prepare is writing there; wait for it") from error
+        raise UserError(message) from error
     return descriptor
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes `path` so that it holds either what it held before or all of `content`."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Forces the folder's list of names to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
