@@ -9,7 +9,7 @@ from mobilellm_jax.conversion.huggingface import load_hf, load_hf_provenance, lo
 from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.training.checkpoints import SavedModel, load_checkpoint
+from mobilellm_jax.training.checkpoint_files import SavedModel, load_checkpoint
 
 
 def load(path: str | Path) -> tuple[ModelConfig, dict]:

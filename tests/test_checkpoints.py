@@ -19,11 +19,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import abstract_params
-from mobilellm_jax.training.checkpoints import (
-    Checkpoints,
-    load_checkpoint,
-    save_params,
-)
+from mobilellm_jax.training.checkpoint_files import load_checkpoint
+from mobilellm_jax.training.checkpoints import Checkpoints, save_params
 from mobilellm_jax.training.manifest import write_manifest
 
 with contextlib.suppress(RuntimeError):  # JAX has started, as conftest.py told it to

@@ -22,6 +22,8 @@ from mobilellm_jax.conversion.huggingface import load_hf, load_hf_tokenizer, sav
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.presets import PRESETS
+from mobilellm_jax.training.checkpoint_files import load_checkpoint
+from mobilellm_jax.training.checkpoints import save_params
 
 LOGIT_TOLERANCE = 1e-4
 BF16_RELATIVE_TOLERANCE = 2**-8
@@ -298,10 +300,9 @@ def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path):
 
 
 def test_convert_goes_there_and_back(tmp_path, capsys, tokenizer_model):
-    checkpoints = pytest.importorskip("mobilellm_jax.training.checkpoints")
     config = dataclasses.replace(VARIANTS["reverse"], vocab_size=600)
     params = make_params(config)
-    checkpoints.save_params(tmp_path / "run", config, params, tokenizer_model)
+    save_params(tmp_path / "run", config, params, tokenizer_model)
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
 
@@ -310,11 +311,9 @@ def test_convert_goes_there_and_back(tmp_path, capsys, tokenizer_model):
 
     run("--to", "hf", "--checkpoint", tmp_path / "run", "--output", tmp_path / "hf")
     run("--from", "hf", "--input", tmp_path / "hf", "--output", tmp_path / "back")
-    saved = checkpoints.load_checkpoint(tmp_path / "back")
-    loaded_config, loaded = saved.config, saved.params
-    assert loaded_config == config
-    chex.assert_trees_all_equal(loaded, params)
-    assert checkpoints.load_checkpoint(tmp_path / "back").tokenizer_model == tokenizer_model
+    saved = load_checkpoint(tmp_path / "back")
+    assert (saved.config, saved.tokenizer_model) == (config, tokenizer_model)
+    chex.assert_trees_all_equal(saved.params, params)
     printed = capsys.readouterr().out
     assert "from_pretrained" in printed and "9 layers" in printed
     with pytest.raises(UserError, match="--input"):

@@ -14,7 +14,7 @@ import pytest
 from prepared import make_documents, run_prepare, write_lines
 
 from mobilellm_jax import load
-from mobilellm_jax.training.checkpoints import load_checkpoint
+from mobilellm_jax.training.checkpoint_files import load_checkpoint
 from mobilellm_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -215,6 +215,13 @@ def test_a_workdir_of_another_run_is_refused(home, overrides, message):
         (["--config.mesh.data=3"], "does not multiply to the 1 devices"),
     ],
 )
+def test_bad_settings_exit_2_and_leave_no_checkpoint(home, overrides, message):
+    failed = run(home, "refused", *overrides)
+    assert failed.returncode == 2 and re.search(message, failed.stderr), failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not list((home / "refused").glob("checkpoints/*"))
+
+
 def test_a_second_run_in_the_same_workdir_is_refused(home):
     with start(home, "held", "--config.train.num_steps=100000") as process:
         wait_for_line(process, "step  ")
@@ -229,11 +236,20 @@ def test_a_dataset_without_a_train_split_is_refused(home):
     assert failed.returncode == 2 and "has no train split, only valid" in failed.stderr
 
 
-def test_bad_settings_exit_2_and_leave_no_checkpoint(home, overrides, message):
-    failed = run(home, "refused", *overrides)
-    assert failed.returncode == 2 and re.search(message, failed.stderr), failed.stderr
-    assert "Traceback" not in failed.stderr
-    assert not list((home / "refused").glob("checkpoints/*"))
+def test_a_mixture_of_two_tokenizers_is_refused_before_anything_is_written(home):
+    lines = write_lines(home / "other.jsonl", make_documents(60, seed=9))
+    run_prepare([lines], home / "other", vocab_size=300)
+    mixture = f"--config.data.path={home / 'data'}=0.5,{home / 'other'}=0.5"
+    failed = run(home, "mixed", mixture)
+    assert failed.returncode == 2 and "made with different tokenizers" in failed.stderr
+    assert not (home / "mixed").exists()
+
+
+def test_a_workdir_that_is_a_file_is_refused(home):
+    (home / "file").write_text("mine")
+    failed = run(home, "file")
+    assert failed.returncode == 2 and "cannot be made a workdir" in failed.stderr
+    assert (home / "file").read_text() == "mine"
 
 
 def test_an_interrupted_run_may_be_lengthened(home):

@@ -47,11 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Runs the verb; raises UserError for flags that do not go together and for bad folders."""
     # Orbax takes seconds to import; `--help` should not.
-    from mobilellm_jax.training import checkpoints
+    from mobilellm_jax.training.checkpoint_files import load_checkpoint
+    from mobilellm_jax.training.checkpoints import save_params
 
     if args.to == "hf":
         _check_flags(args, "--to", needed="checkpoint", foreign=("input", "shared_kv"))
-        model = checkpoints.load_checkpoint(args.checkpoint)
+        model = load_checkpoint(args.checkpoint)
         save_hf(
             args.output,
             model.config,
@@ -67,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
         tokenizer_model = load_hf_tokenizer(args.input)
         provenance = load_hf_provenance(args.input)
         metadata = {k: provenance[k] for k in _KEPT[1:] if k in provenance}
-        checkpoints.save_params(args.output, config, params, tokenizer_model, metadata)
+        save_params(args.output, config, params, tokenizer_model, metadata)
         print(f"Read {args.input}: {_describe(config)}.")
         print(f"Wrote a checkpoint to {args.output}", end="")
         print(" with its tokenizer." if tokenizer_model else "; there was no tokenizer.model.")

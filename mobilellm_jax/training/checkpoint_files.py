@@ -1,8 +1,9 @@
 """What a checkpoint's folder holds besides Orbax's own files, and how it is read.
 
-The rest of the package uses `mobilellm_jax.training.checkpoints`.
+Saving, and restoring a run, is in `mobilellm_jax.training.checkpoints`.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -16,6 +17,7 @@ from absl import logging
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.transformer import abstract_params
 from mobilellm_jax.training.manifest import MANIFEST_NAME, find_damage
 
 CHECKPOINTS_NAME = "checkpoints"
@@ -158,3 +160,38 @@ def read_tree(folder: Path, metadata: Mapping[str, Any], name: str, like: Any) -
     )
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
         return reader.restore(folder / name, args=ocp.args.StandardRestore(target))
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """A checkpoint's model without its optimizer state.
+
+    Attributes:
+      config: of the model.
+      params: fp32 arrays on the first device.
+      metadata: see `checkpoints.Restored`.
+      tokenizer_model: the SentencePiece model, if one was saved.
+    """
+
+    config: ModelConfig
+    params: Any
+    metadata: dict[str, Any]
+    tokenizer_model: bytes | None
+
+
+def load_checkpoint(path: str | Path) -> SavedModel:
+    """Reads the newest valid checkpoint for use without training.
+
+    Its files are verified like those of a restored one, but the optimizer's only by their sizes.
+
+    Args:
+      path: a run's folder, its `checkpoints`, or one step's folder under any name.
+
+    Raises:
+      UserError: no checkpoint, no valid one, or arrays that do not make the model of its config.
+    """
+    folder = find_valid(Path(path))
+    metadata = read_metadata(folder)
+    config = read_config(folder, metadata)
+    params = read_tree(folder, metadata, "params", abstract_params(config))
+    return SavedModel(config, params, metadata, read_tokenizer(folder))

@@ -31,17 +31,14 @@ from jax.experimental import multihost_utils
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import write_file
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model.transformer import abstract_params
 from mobilellm_jax.training.checkpoint_files import (
     CHECKPOINTS_NAME,
     METADATA_NAME,
     TOKENIZER_NAME,
     check_model,
     encode_metadata,
-    find_valid,
     list_steps,
     raise_if_damaged,
-    read_config,
     read_metadata,
     read_tokenizer,
     read_tree,
@@ -323,41 +320,6 @@ class Checkpoints:
             number += 1
         (self.directory / str(step)).rename(target)
         logging.warning("moved the damaged step %d to %s", step, target)
-
-
-@dataclasses.dataclass(frozen=True)
-class SavedModel:
-    """A checkpoint's model without its optimizer state.
-
-    Attributes:
-      config: of the model.
-      params: fp32 arrays on the first device.
-      metadata: see `Restored`.
-      tokenizer_model: the SentencePiece model, if one was saved.
-    """
-
-    config: ModelConfig
-    params: Any
-    metadata: dict[str, Any]
-    tokenizer_model: bytes | None
-
-
-def load_checkpoint(path: str | Path) -> SavedModel:
-    """Reads the newest valid checkpoint for use without training.
-
-    Its files are verified like those of a restored one, but the optimizer's only by their sizes.
-
-    Args:
-      path: a run's folder, its `checkpoints`, or one step's folder under any name.
-
-    Raises:
-      UserError: no checkpoint, no valid one, or arrays that do not make the model of its config.
-    """
-    folder = find_valid(Path(path))
-    metadata = read_metadata(folder)
-    config = read_config(folder, metadata)
-    params = read_tree(folder, metadata, "params", abstract_params(config))
-    return SavedModel(config, params, metadata, read_tokenizer(folder))
 
 
 def save_params(

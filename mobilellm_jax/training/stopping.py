@@ -1,4 +1,4 @@
-"""Why a run stops before its last step: numbers that are none, and signals."""
+"""Why a run stops before its last step: bad numbers, too little memory, signals."""
 
 import contextlib
 import os
@@ -34,6 +34,21 @@ def finite_metrics(pending: dict[int, dict[str, jax.Array]]) -> dict[str, float]
             shown = ", ".join(f"{name} = {value}" for name, value in bad.items())
             raise Diverged(step, shown)
     return values
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turns the compiler's and the allocator's "out of memory" into a UserError."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"a device is out of memory ({str(error).splitlines()[0]}): raise "
+            "config.train.accumulation_steps, lower config.train.global_batch_size, or set "
+            "config.execution.remat to 'dots' or 'full'"
+        ) from error
 
 
 @contextlib.contextmanager

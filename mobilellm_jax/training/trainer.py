@@ -35,7 +35,7 @@ from mobilellm_jax.training.sharding import (
     replicated,
 )
 from mobilellm_jax.training.step import TrainState, all_finite, make_eval_step, make_train_step
-from mobilellm_jax.training.stopping import Diverged, finite_metrics, stop_signals
+from mobilellm_jax.training.stopping import Diverged, finite_metrics, memory_errors, stop_signals
 
 # Steps that may be dispatched before their results are waited for: enough to hide Python, few
 # enough that a signal is answered soon and batches do not pile up on the device.
@@ -68,7 +68,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
             print(f"finished: {workdir} is at step {start_step:,} of {config.train.num_steps:,}")
             return
         run.announce(workdir, start_step)
-        with contextlib.closing(run.metrics_log(workdir, start_step)) as log, _memory_errors():
+        with contextlib.closing(run.metrics_log(workdir, start_step)) as log, memory_errors():
             step = run.loop(start_step, state, checkpoints, log, stop)
     if step < config.train.num_steps:
         print(f"stopped by a signal, step {step:,} is saved; run the same command to go on")
@@ -82,7 +82,12 @@ def _held(workdir: Path) -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{workdir}: cannot be made a workdir ({error.strerror}); name another"
+        ) from error
     lock = lock_folder(
         workdir, f"{workdir}: another run is training there; wait for it, or use another workdir"
     )
@@ -90,21 +95,6 @@ def _held(workdir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-@contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Turns the compiler's and the allocator's "out of memory" into a UserError."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(
-            f"a device is out of memory ({str(error).splitlines()[0]}): raise "
-            "config.train.accumulation_steps, lower config.train.global_batch_size, or set "
-            "config.execution.remat to 'dots' or 'full'"
-        ) from error
 
 
 class _Run:
