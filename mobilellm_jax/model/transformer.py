@@ -196,12 +196,14 @@ class MobileLLM(nn.Module):
         one_sweep = c.sharing in ("none", "immediate")
         num_visits = c.num_repeats if one_sweep else 1
         share_first = c.shared_kv == "first_visit"
+        num_sweeps = c.num_repeats // num_visits
+        # Keys and values leave the scan where they are asked for or read by later sweeps.
+        needed = collect_key_values or (share_first and num_sweeps > 1)
         given, collected = None, []
-        for sweep in range(c.num_repeats // num_visits):
+        for sweep in range(num_sweeps):
             visits = range(sweep * num_visits, (sweep + 1) * num_visits)
-            collect = collect_key_values or (share_first and sweep == 0 and not one_sweep)
             run = nn.scan(
-                self._layer_visits(visits, collect and not (share_first and sweep > 0)),
+                self._layer_visits(visits, needed and (sweep == 0 or not share_first)),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0, 0),
@@ -213,8 +215,8 @@ class MobileLLM(nn.Module):
             x_BTD, fresh = run(self.blocks, x_BTD, context, held, given)
             if fresh is not None:
                 collected.append(fresh)
-            if share_first and sweep == 0 and not one_sweep:
-                given = jax.tree.map(lambda kv: kv[:, 0], fresh)
+                if share_first and num_sweeps > 1:
+                    given = jax.tree.map(lambda kv: kv[:, 0], fresh)
         if not collect_key_values:
             return x_BTD, None
         return x_BTD, jax.tree.map(lambda *kvs: jnp.concatenate(kvs, axis=1), *collected)
