@@ -1,4 +1,4 @@
-"""mobilellm_jax: small on-device language models, from text to phone, in JAX.
+"""mobilellm_jax: small on-device language models in JAX.
 
 The names below are the public surface. They load on first use, so that importing the package
 costs nothing and starts no JAX backend.

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser(verb: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mobilellm",
-        description="Small on-device language models, from text to phone.",
+        description="Small on-device language models: prepare, train, measure, convert.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -3,9 +3,11 @@
 import argparse
 
 _EPILOG = """\
-Any key of the config can be set behind the file's values as --config.KEY=VALUE; a wrong key names
-the near ones. Running the same command again goes on from the newest checkpoint. SIGTERM and
-Ctrl-C save the current step and exit with status 0.
+Any key of the config can be set on top of the file's values as --config.KEY=VALUE. All keys, with
+their defaults and meaning, are in mobilellm_jax/training/run_config.py; a wrong one names the near
+ones, and the whole config is printed and saved before the first step. Running the same command
+again goes on from the newest checkpoint. SIGTERM and Ctrl-C save the current step and exit with
+status 0.
 
 example:
   mobilellm train --config configs/125m.py --workdir runs/125m \\

@@ -305,6 +305,6 @@ def _series(records: list[dict[str, float]], name: str) -> tuple[np.ndarray, np.
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean over a fiftieth of the run, over what there is at the ends."""
-    window = np.ones(1 + 2 * (len(values) // 100))
+    """Centred running mean over a twentieth of the run, over what there is at the ends."""
+    window = np.ones(1 + 2 * (len(values) // 40))
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
