@@ -3,12 +3,14 @@
     python benchmarks/against_torch.py train --preset 125m --batch_size 2 --sequence_length 512
     python benchmarks/against_torch.py decode --preset 125m --tokens 64
 
-fp32 on the CPU: SDPA attention and fused AdamW on torch's side, eager or compiled. The two sides
-take turns, so that a machine that slows down slows both. Prints the median of each and their ratio.
-Nothing else may run on the machine. Needs the extra `test`.
+fp32 on the CPU: SDPA attention and fused AdamW on torch's side, eager or compiled. Each side has a
+process of its own (their thread pools hinder each other in one) and they take turns, so that a
+machine that slows down slows both. Prints the median of each and their ratio. Nothing else may run
+on the machine. Needs the extra `test`.
 """
 
 import argparse
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -94,51 +96,31 @@ def torch_train_step(model, settings, tokens, compiled):
     return run
 
 
-def take_turns(sides, rounds):
-    """Median seconds of each side's `run()`, after one warm-up call of each."""
-    losses = {name: [run()] for name, run in sides.items()}
-    seconds = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            losses[name].append(run())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}, losses
-
-
-def train(args):
+def train_side(name, args):
     config, settings = PRESETS[args.preset], default_config(args.preset)
     params = init_params(config, jax.random.key(0))
     shape = (args.batch_size, args.sequence_length + 1)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape).astype(np.int32)
-    sides = {"torch": torch_train_step(torch_model(config, params), settings, tokens, False)}
-    if args.compile:
-        model = torch_model(config, params)
-        sides["torch.compile"] = torch_train_step(model, settings, tokens, True)
-    sides["jax"] = jax_train_step(config, params, settings, tokens)
-    medians, losses = take_turns(sides, args.rounds)
-    num_tokens = args.batch_size * args.sequence_length
-    print(f"training step, {args.preset}, {args.batch_size} x {args.sequence_length}, fp32")
-    for name, seconds in medians.items():
-        ratio = medians["torch"] / seconds
-        first = losses[name][0]
-        print(f"  {name:14s}{num_tokens / seconds:8.0f} tok/s  {ratio:.2f} of torch"
-              f"  (first loss {first:.5f})")  # fmt: skip
+    if name == "jax":
+        return jax_train_step(config, params, settings, tokens)
+    model = torch_model(config, params)
+    return torch_train_step(model, settings, tokens, compiled=name == "torch.compile")
 
 
-def decode(args):
+def decode_side(name, args):
     config = PRESETS[args.preset]
     params = init_params(config, jax.random.key(0))
-    model = torch_model(config, params).eval()
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, args.prompt_length).tolist()
-    outputs = {}
 
     def run_jax():
         stream = generate_tokens(
             config, params, [prompt], max_tokens=args.tokens, sampling=Sampling(temperature=0)
         )
-        outputs["jax"] = [int(token[0]) for token in stream]
-        return 0.0
+        return [int(token[0]) for token in stream]
+
+    if name == "jax":
+        return run_jax
+    model = torch_model(config, params).eval()
 
     @torch.no_grad()
     def run_torch():
@@ -148,14 +130,60 @@ def decode(args):
             min_new_tokens=args.tokens,
             do_sample=False,
         )
-        outputs["torch"] = ids[0, len(prompt) :].tolist()
-        return 0.0
+        return ids[0, len(prompt) :].tolist()
 
-    medians, _ = take_turns({"torch": run_torch, "jax": run_jax}, args.rounds)
+    return run_torch
+
+
+def serve(make_side, name, args, connection):
+    """In a child process: one timed run for each message, until the pipe closes."""
+    run = make_side(name, args)
+    while connection.recv():
+        start = time.perf_counter()
+        result = run()
+        connection.send((time.perf_counter() - start, result))
+
+
+def take_turns(make_side, names, args):
+    """Median seconds of each side after a warm-up run, and the result of that first run."""
+    context = multiprocessing.get_context("spawn")
+    pipes, first, seconds = {}, {}, {name: [] for name in names}
+    for name in names:
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=serve, args=(make_side, name, args, theirs), daemon=True).start()
+    for number in range(args.rounds + 1):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            elapsed, result = pipe.recv()
+            if number == 0:
+                first[name] = result
+            else:
+                seconds[name].append(elapsed)
+    for pipe in pipes.values():
+        pipe.send(False)
+    return {name: statistics.median(values) for name, values in seconds.items()}, first
+
+
+def train(args):
+    names = ["torch", *(["torch.compile"] if args.compile else []), "jax"]
+    medians, losses = take_turns(train_side, names, args)
+    num_tokens = args.batch_size * args.sequence_length
+    print(f"training step, {args.preset}, {args.batch_size} x {args.sequence_length}, fp32")
+    for name, seconds in medians.items():
+        print(
+            f"  {name:14s}{num_tokens / seconds:8.0f} tok/s  {medians['torch'] / seconds:.2f} of "
+            f"torch  (first loss {losses[name]:.5f})"
+        )
+
+
+def decode(args):
+    medians, outputs = take_turns(decode_side, ["torch", "jax"], args)
     print(f"greedy decoding, {args.preset}, {args.prompt_length} + {args.tokens} tokens, fp32")
     for name, seconds in medians.items():
-        print(f"  {name:14s}{args.tokens / seconds:8.1f} tok/s"
-              f"  {medians['torch'] / seconds:.2f} of torch")  # fmt: skip
+        print(
+            f"  {name:14s}{args.tokens / seconds:8.1f} tok/s  "
+            f"{medians['torch'] / seconds:.2f} of torch"
+        )
     print(f"  same tokens: {outputs['jax'] == outputs['torch']}")
 
 
