@@ -4,9 +4,9 @@
     python benchmarks/against_torch.py decode --preset 125m --tokens 64
 
 fp32 on the CPU: SDPA attention and fused AdamW on torch's side, eager or compiled. Each side has a
-process of its own (their thread pools hinder each other in one) and they take turns, so that a
-machine that slows down slows both. Prints the median of each and their ratio. Nothing else may run
-on the machine. Needs the extra `test`.
+process of its own (their thread pools hinder each other in one) and they take turns of three runs
+each, so that a machine that slows down slows both. Prints the median of each and their ratio.
+Nothing else may run on the machine. Needs the extra `test`.
 """
 
 import argparse
@@ -30,6 +30,8 @@ from mobilellm_jax.model.transformer import Execution, init_params
 from mobilellm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from mobilellm_jax.training.run_config import default_config
 from mobilellm_jax.training.step import TrainState, make_train_step
+
+_RUNS_PER_TURN = 3
 
 
 def torch_model(config, params):
@@ -136,29 +138,30 @@ def decode_side(name, args):
 
 
 def serve(make_side, name, args, connection):
-    """In a child process: one timed run for each message, until the pipe closes."""
+    """In a child process: a turn of timed runs for each message, until it says to end."""
     run = make_side(name, args)
+    first = run()
     while connection.recv():
-        start = time.perf_counter()
-        result = run()
-        connection.send((time.perf_counter() - start, result))
+        seconds = []
+        for _ in range(_RUNS_PER_TURN):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        connection.send((seconds, first))
 
 
 def take_turns(make_side, names, args):
-    """Median seconds of each side after a warm-up run, and the result of that first run."""
+    """Median seconds of each side, and the result of its first run, which is not timed."""
     context = multiprocessing.get_context("spawn")
     pipes, first, seconds = {}, {}, {name: [] for name in names}
     for name in names:
         pipes[name], theirs = context.Pipe()
         context.Process(target=serve, args=(make_side, name, args, theirs), daemon=True).start()
-    for number in range(args.rounds + 1):
+    for _ in range(args.rounds):
         for name, pipe in pipes.items():
             pipe.send(True)
-            elapsed, result = pipe.recv()
-            if number == 0:
-                first[name] = result
-            else:
-                seconds[name].append(elapsed)
+            elapsed, first[name] = pipe.recv()
+            seconds[name] += elapsed
     for pipe in pipes.values():
         pipe.send(False)
     return {name: statistics.median(values) for name, values in seconds.items()}, first
@@ -198,7 +201,7 @@ def main():
     parser.add_argument("--compile", action="store_true", help="torch.compile as a third side")
     parser.add_argument("--prompt_length", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     print(
         f"jax {jax.__version__}, torch {torch.__version__}, transformers "
