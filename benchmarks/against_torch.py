@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import transformers
 
-from mobilellm_jax.conversion.huggingface import save_hf
+from mobilellm_jax.conversion.huggingface.folder import save_hf
 from mobilellm_jax.inference.generate import generate_tokens
 from mobilellm_jax.inference.sampling import Sampling
 from mobilellm_jax.model.presets import PRESETS

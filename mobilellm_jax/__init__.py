@@ -13,7 +13,7 @@ _HOME = {
     "PRESETS": "mobilellm_jax.model.presets",
     "MobileLLM": "mobilellm_jax.model.transformer",
     "load": "mobilellm_jax.loading",
-    "save_hf": "mobilellm_jax.conversion.huggingface",
+    "save_hf": "mobilellm_jax.conversion.huggingface.folder",
     "UserError": "mobilellm_jax.errors",
 }
 __all__ = ["MobileLLM", "ModelConfig", "PRESETS", "UserError", "load", "save_hf"]

@@ -5,7 +5,11 @@ from pathlib import Path
 
 import jax
 
-from mobilellm_jax.conversion.huggingface import load_hf, load_hf_provenance, load_hf_tokenizer
+from mobilellm_jax.conversion.huggingface.folder import (
+    load_hf,
+    load_hf_provenance,
+    load_hf_tokenizer,
+)
 from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig

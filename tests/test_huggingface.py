@@ -17,8 +17,9 @@ import pytest
 import safetensors.numpy
 from hf_folders import TINY, VARIANTS, edit_config, edit_tensors, make_params, train_small_tokenizer
 
-from mobilellm_jax.conversion import command, hf_names
-from mobilellm_jax.conversion.huggingface import load_hf, load_hf_tokenizer, save_hf
+from mobilellm_jax.conversion import command
+from mobilellm_jax.conversion.huggingface import names as hf_names
+from mobilellm_jax.conversion.huggingface.folder import load_hf, load_hf_tokenizer, save_hf
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.presets import PRESETS

@@ -22,7 +22,7 @@ from hf_folders import (
     write_index,
 )
 
-from mobilellm_jax.conversion.huggingface import load_hf, load_hf_tokenizer, save_hf
+from mobilellm_jax.conversion.huggingface.folder import load_hf, load_hf_tokenizer, save_hf
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 

@@ -3,13 +3,13 @@
 import argparse
 from pathlib import Path
 
-from mobilellm_jax.conversion.huggingface import (
+from mobilellm_jax.conversion.huggingface.folder import (
     load_hf,
     load_hf_provenance,
     load_hf_tokenizer,
     save_hf,
 )
-from mobilellm_jax.conversion.safetensors_io import DTYPES
+from mobilellm_jax.conversion.huggingface.safetensors_io import DTYPES
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import SHARED_KV_KINDS, ModelConfig, count_params
 

@@ -14,15 +14,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import safetensors
 
+from mobilellm_jax.conversion.folders import MAX_JSON_BYTES, inside, read_json, strict_json
+from mobilellm_jax.conversion.huggingface.names import DTYPES
 from mobilellm_jax.errors import UserError
 
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_MAX_JSON_BYTES = 100_000_000  # the library's own limit for a header
 
 
 def write_safetensors(
@@ -112,63 +111,15 @@ class WeightFiles(contextlib.AbstractContextManager):
             self.shapes[name] = shape
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The path of file `name` directly in `folder`; UserError if it leads anywhere else.
-
-    A link of the Hugging Face cache, snapshots/<revision>/<name> -> blobs/<hash>, is followed.
-    """
-    path = folder / name
-    if Path(name).name != name or "\0" in name:
-        raise UserError(f"{folder}: refuses the file name {name!r:.120}, which leaves the folder")
-    real, home = path.resolve(), folder.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parents[1] / "blobs")
-    if real.parent not in allowed:
-        raise UserError(f"{path}: is a link to {real}, outside of the folder; copy the file here")
-    return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError if it is missing, huge, malformed or no object."""
-    try:
-        if (size := path.stat().st_size) > _MAX_JSON_BYTES:
-            raise UserError(f"{path}: {size} bytes are too many for a JSON file")
-        values = _strict_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not valid JSON ({str(error)[:200]})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
-
-
-def _strict_json(content: bytes) -> Any:
-    """json.loads that raises ValueError for a key given twice, of which json keeps the last."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {twice!r:.120} is given twice")
-        return values
-
-    return json.loads(content, object_pairs_hook=unique)
-
-
 def _check_unique_names(path: Path) -> None:
     """The library accepts a header that describes a tensor twice and takes the last one."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > _MAX_JSON_BYTES:
+            if length > MAX_JSON_BYTES:
                 raise UserError(f"{path}: damaged, its header would have {length} bytes")
             header = file.read(length)
-        _strict_json(header)
+        strict_json(header)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:

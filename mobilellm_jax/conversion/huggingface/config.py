@@ -6,10 +6,9 @@ from typing import Any
 
 from absl import logging
 
+from mobilellm_jax.conversion.folders import OWN_KEY
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
-
-OWN_KEY = "mobilellm"  # our ModelConfig, inside config.json
 
 _MODEL_TYPES = ("llama", "mobilellm")
 _ARCHITECTURES = ("LlamaForCausalLM", "MobileLLMForCausalLM")

@@ -5,38 +5,36 @@ a block, which every runtime loads; our own config is recorded beside it, so tha
 the layers again.
 """
 
-import contextlib
-import hashlib
-import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from mobilellm_jax.conversion import hf_config, hf_names, tokenizer_json
-from mobilellm_jax.conversion.safetensors_io import (
+from mobilellm_jax.conversion import tokenizer_json
+from mobilellm_jax.conversion.folders import (
+    OWN_KEY,
+    encode_json,
+    inside,
+    new_export,
+    read_json,
+    verify_checksums,
+)
+from mobilellm_jax.conversion.huggingface import config as hf_config
+from mobilellm_jax.conversion.huggingface import names as hf_names
+from mobilellm_jax.conversion.huggingface.names import hf_arrays, hf_shapes
+from mobilellm_jax.conversion.huggingface.safetensors_io import (
     DTYPES,
     WeightFiles,
-    inside,
-    read_json,
     write_safetensors,
 )
 from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 
-CHECKSUMS = "SHA256SUMS"  # in the form that `sha256sum -c` reads
 _WEIGHTS, _CONFIG, _TOKENIZER = "model.safetensors", "config.json", "tokenizer.model"
-_OWN_FILES = {
-    *(_WEIGHTS, _CONFIG, _TOKENIZER, CHECKSUMS),
-    *("generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-}
 _BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq\Z")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -67,36 +65,51 @@ def save_hf(
         finite or too large for `dtype`, the tokenizer does not fit, the folder holds something
         else, the disk is full.
     """
+    with new_export(path) as folder:
+        write_hf(
+            folder,
+            config,
+            params,
+            tokenizer_model=tokenizer_model,
+            dtype=dtype,
+            provenance=provenance,
+        )
+
+
+def write_hf(
+    folder: Path,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    *,
+    tokenizer_model: bytes | None = None,
+    dtype: str = "float32",
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """`save_hf` into a folder that is there and empty."""
     if dtype not in DTYPES:
         raise UserError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
     tokenizer = None
     if tokenizer_model is not None:
-        tokenizer = _checked_tokenizer(tokenizer_model, _TOKENIZER, config.vocab_size)
+        tokenizer = checked_tokenizer(tokenizer_model, _TOKENIZER, config.vocab_size)
     ids = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
     description = hf_config.to_hf_config(config, dtype, *ids)
     if provenance:
-        description[hf_config.OWN_KEY]["provenance"] = dict(provenance)
+        description[OWN_KEY]["provenance"] = dict(provenance)
     files = {
-        _CONFIG: _encode(description),
-        "generation_config.json": _encode({"bos_token_id": ids[0], "eos_token_id": ids[1]}),
+        _CONFIG: encode_json(description),
+        "generation_config.json": encode_json({"bos_token_id": ids[0], "eos_token_id": ids[1]}),
     }
     if tokenizer is not None:
         files[_TOKENIZER] = tokenizer.model_bytes
         try:
             files |= tokenizer_json.tokenizer_files(tokenizer.model_bytes, config.max_seq_len)
         except UserError as error:
-            logging.warning("%s; %s holds tokenizer.model only", error, path)
-    leaves = _leaves(config, params)
-    with _new_folder(Path(path)) as folder:
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-        shapes = {
-            name: weight.hf_shape(config)
-            for name, weight, _ in hf_names.hf_tensors(config, config.visit_order)
-        }
-        write_safetensors(folder / _WEIGHTS, shapes, dtype, _arrays(config, leaves, dtype))
-        sums = [f"{_sha256(folder / name)}  {name}\n" for name in sorted((*files, _WEIGHTS))]
-        (folder / CHECKSUMS).write_text("".join(sums))
+            logging.warning("%s; the folder holds tokenizer.model only", error)
+    shapes = hf_shapes(config, config.visit_order)
+    arrays = hf_arrays(config, params, config.visit_order, dtype)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    write_safetensors(folder / _WEIGHTS, shapes, dtype, arrays)
 
 
 def load_hf(
@@ -119,7 +132,7 @@ def load_hf(
     folder = _checked_folder(path)
     source = inside(folder, _CONFIG)
     values = read_json(source)
-    _verify_checksums(folder)
+    verify_checksums(folder)
     with WeightFiles(folder) as files:
         num_layers = len({m[1] for name in files.shapes if (m := _LAYER.match(name))})
         if (said := values.get("num_hidden_layers")) != num_layers:
@@ -135,7 +148,7 @@ def load_hf(
         if config.tie_embeddings and has_head:
             _check_same(files, hf_names.HEAD.hf_name, hf_names.EMBEDDING.hf_name)
         if (model_bytes := load_hf_tokenizer(folder)) is not None:
-            _checked_tokenizer(model_bytes, str(folder / _TOKENIZER), config.vocab_size)
+            checked_tokenizer(model_bytes, str(folder / _TOKENIZER), config.vocab_size)
         return config, _read_params(files, config, blocks)
 
 
@@ -147,7 +160,7 @@ def load_hf_tokenizer(path: str | Path) -> bytes | None:
 
 def load_hf_provenance(path: str | Path) -> dict[str, Any]:
     """What `save_hf` was told of the model's training; {} for folders of others."""
-    own = read_json(inside(_checked_folder(path), _CONFIG)).get(hf_config.OWN_KEY, {})
+    own = read_json(inside(_checked_folder(path), _CONFIG)).get(OWN_KEY, {})
     provenance = own.get("provenance", {}) if isinstance(own, dict) else {}
     return dict(provenance) if isinstance(provenance, dict) else {}
 
@@ -159,7 +172,7 @@ def _checked_folder(path: str | Path) -> Path:
     return folder
 
 
-def _checked_tokenizer(model_bytes: bytes, name: str, vocab_size: int) -> Tokenizer:
+def checked_tokenizer(model_bytes: bytes, name: str, vocab_size: int) -> Tokenizer:
     """A tokenizer whose ids all have an embedding; padding the vocabulary is fine."""
     tokenizer = Tokenizer(model_bytes, name)
     if tokenizer.vocab_size > vocab_size:
@@ -168,111 +181,6 @@ def _checked_tokenizer(model_bytes: bytes, name: str, vocab_size: int) -> Tokeni
             f"{vocab_size}; use the tokenizer that the model was trained with"
         )
     return tokenizer
-
-
-def _leaves(config: ModelConfig, params: Mapping[str, Any]) -> dict[tuple[str, ...], np.ndarray]:
-    """The weights by path, on the host; UserError for one that is missing, extra or misshapen."""
-    expected = {weight.path: weight.shape(config) for weight in hf_names.weights(config)}
-    found = dict(hf_names.flatten(params))
-    for path in sorted(expected.keys() | found.keys()):
-        shape = found[path].shape if path in found else None
-        if shape != expected.get(path):
-            raise UserError(
-                f"parameter {'/'.join(path)} has shape {shape}, the config asks for "
-                f"{expected.get(path)}; do the parameters belong to this config?"
-            )
-    return {path: np.asarray(leaf) for path, leaf in found.items()}
-
-
-def _arrays(
-    config: ModelConfig, leaves: Mapping[tuple[str, ...], np.ndarray], dtype: str
-) -> Iterator[np.ndarray]:
-    """The tensors of the file, one after the other."""
-    for name, weight, block in hf_names.hf_tensors(config, config.visit_order):
-        leaf = leaves[weight.path]
-        array = weight.to_hf(leaf if block is None else leaf[block], config)
-        with np.errstate(over="ignore"):
-            cast = array.astype(DTYPES[dtype])
-        if not np.isfinite(cast).all():
-            ours = "/".join(weight.path) + ("" if block is None else f"[{block}]")
-            if np.isfinite(array).all():
-                problem = f"has values too large for {dtype}; use dtype 'bfloat16' or 'float32'"
-            else:
-                problem = "contains NaN or infinity; export an earlier checkpoint"
-            raise UserError(f"parameter {ours} ({name}) {problem}")
-        yield cast
-
-
-@contextlib.contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `target` when the block ends without an error."""
-    target = Path(os.path.abspath(target))
-    replaces = _is_replaceable(target)
-    temporary = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        new, old = temporary / "new", temporary / "old"
-        new.mkdir()
-        yield new
-        for file in (*new.iterdir(), new):
-            _sync(file)
-        if replaces:
-            os.rename(target, old)
-        try:
-            os.rename(new, target)
-        except OSError:
-            if replaces:
-                os.rename(old, target)
-            raise
-        _sync(target.parent)
-    except OSError as error:
-        raise UserError(
-            f"{target}: cannot be written ({error.strerror or error}); free some space or choose "
-            "another folder"
-        ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _is_replaceable(target: Path) -> bool:
-    """Whether `target` exists and may be replaced; UserError if it holds anything but an export."""
-    if not (target.exists() or target.is_symlink()):
-        return False
-    if target.is_dir() and not target.is_symlink():
-        names = {entry.name for entry in target.iterdir()}
-        if not names:
-            return True
-        with contextlib.suppress(UserError):
-            if names <= _OWN_FILES and hf_config.OWN_KEY in read_json(target / _CONFIG):
-                return True
-    raise UserError(
-        f"{target}: already holds something that is not an earlier export; choose another folder, "
-        "or empty this one"
-    )
-
-
-def _verify_checksums(folder: Path) -> None:
-    """Compares the files with the checksums that our own exports carry, where there are any.
-
-    safetensors itself notices no flipped bit in the weights.
-    """
-    path = inside(folder, CHECKSUMS)
-    if not path.exists():
-        return
-    for line in path.read_bytes().decode(errors="replace").splitlines():
-        digest, _, name = line.partition("  ")
-        if name not in _OWN_FILES:
-            raise UserError(f"{path}: is damaged in the line {line!r:.120}; get the folder again")
-        file = inside(folder, name)
-        if not file.is_file():
-            raise UserError(f"{file}: is missing; get the folder again")
-        if _sha256(file) != digest:
-            raise UserError(
-                f"{file}: is not the file that was exported (see {CHECKSUMS}); get it again, or if "
-                f"you changed it on purpose delete {path}"
-            )
 
 
 def _check_tensors(
@@ -324,27 +232,7 @@ def _check_same(files: WeightFiles, name: str, other: str) -> None:
     if name == hf_names.HEAD.hf_name:
         mend = "set tie_word_embeddings (and share_embedding) to false if the head is its own"
     else:
-        mend = f"remove the key {hf_config.OWN_KEY!r} from config.json to read unshared layers"
+        mend = f"remove the key {OWN_KEY!r} from config.json to read unshared layers"
     raise UserError(
         f"{files.path(name)}: {name} and {other} should be one shared weight but differ; {mend}"
     )
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _encode(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,1 @@
+"""LiteRT-LM: `.litertlm` files and their engine."""

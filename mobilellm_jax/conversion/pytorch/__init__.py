@@ -1,0 +1,1 @@
+"""PyTorch: the model as a plain module, and its weights."""

@@ -1,0 +1,45 @@
+"""What every runtime that executes a converted model is asked for, and how one is asked for."""
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Protocol
+
+import numpy as np
+
+from mobilellm_jax.errors import UserError
+
+
+class Runtime(Protocol):
+    """A converted model, loaded by the software that runs it on a phone.
+
+    Attributes:
+      name: of the software, with its version.
+      context_length: most tokens that prompt and continuation may have together.
+    """
+
+    name: str
+    context_length: int
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """fp32 `[T, V]`, the logits after each of the T tokens, read one at a time by the cache."""
+
+    def last_logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """fp32 `[V]`, the logits after the last token of a prompt that is read at once."""
+
+    def greedy(self, tokens: Sequence[int], num_tokens: int) -> list[int]:
+        """The continuation by the likeliest token, cached, without a stop at EOS."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` by the runtime's own tokenizer, without BOS and EOS."""
+
+
+def import_extra(name: str, extra: str) -> ModuleType:
+    """Module `name`; UserError with the command that installs it if it is not there."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{name} is not installed: pip install 'mobilellm_jax[{extra}]' (in a checkout: "
+            f"pip install -e '.[{extra}]')"
+        ) from error
