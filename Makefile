@@ -8,10 +8,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: quickstart test test-slow lint format clean
+.PHONY: quickstart phone test test-slow lint format clean
 
 quickstart: $(VENV)/core.stamp  ## text to a trained model in minutes, on a CPU
 	PATH="$(BIN):$$PATH" bash launch/quickstart.sh
+
+phone: $(VENV)/phone.stamp  ## the quickstart's model as an ExecuTorch program, executed and compared
+	PATH="$(BIN):$$PATH" bash launch/phone.sh
 
 test: $(VENV)/test.stamp  ## the default suite
 	$(BIN)/python -m pytest
@@ -40,6 +43,10 @@ $(VENV)/python.stamp:
 
 $(VENV)/core.stamp: $(VENV)/python.stamp requirements.txt pyproject.toml
 	$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/phone.stamp: $(VENV)/core.stamp
+	$(PIP) install --editable '.[executorch]'
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/core.stamp

@@ -20,7 +20,7 @@ VERBS = {
     "train": ("mobilellm_jax.training.command", "train a model, or go on with its training"),
     "evaluate": ("mobilellm_jax.evaluation.command", "measure loss, perplexity, bits per byte"),
     "generate": ("mobilellm_jax.inference.command", "continue prompts with a trained model"),
-    "convert": ("mobilellm_jax.conversion.command", "write or read a Hugging Face folder"),
+    "convert": ("mobilellm_jax.conversion.command", "write a model for another runtime, or read one"),
 }
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -33,7 +33,7 @@ From text to a model, in this order (`mobilellm VERB --help` has an example for 
       --config.data.path=data/book
   mobilellm evaluate --checkpoint runs/book --data data/book
   mobilellm generate --checkpoint runs/book --prompt "Once upon a time"
-  mobilellm convert  --to hf --checkpoint runs/book --output book_hf
+  mobilellm convert  --to pte --checkpoint runs/book --output book_pte
 """
 
 

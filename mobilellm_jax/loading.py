@@ -7,7 +7,7 @@ import jax
 
 from mobilellm_jax.conversion.huggingface.folder import (
     load_hf,
-    load_hf_provenance,
+    load_hf_metadata,
     load_hf_tokenizer,
 )
 from mobilellm_jax.data.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ def load(path: str | Path) -> tuple[ModelConfig, dict]:
     Raises:
       UserError: nothing to read there, or something damaged.
     """
-    saved = _read(path)
+    saved = load_saved(path)
     return saved.config, saved.params
 
 
@@ -59,7 +59,7 @@ def load_text_model(path: str | Path, tokenizer: str | Path | None = None) -> Te
     Raises:
       UserError: as for `load`; or there is no tokenizer, or one that does not fit the model.
     """
-    saved = _read(path)
+    saved = load_saved(path)
     if tokenizer is not None:
         read = Tokenizer.load(tokenizer)
     elif saved.tokenizer_model is not None:
@@ -80,7 +80,8 @@ def load_text_model(path: str | Path, tokenizer: str | Path | None = None) -> Te
     )
 
 
-def _read(path: str | Path) -> SavedModel:
+def load_saved(path: str | Path) -> SavedModel:
+    """Reads all that was saved of a model but the optimizer's state; arguments as for `load`."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such folder")
@@ -88,5 +89,5 @@ def _read(path: str | Path) -> SavedModel:
     if has_steps or not (path / "config.json").exists():
         return load_checkpoint(path)
     config, params = load_hf(path)
-    provenance, tokenizer_model = load_hf_provenance(path), load_hf_tokenizer(path)
-    return SavedModel(config, jax.device_put(params), provenance, tokenizer_model)
+    metadata, tokenizer_model = load_hf_metadata(path), load_hf_tokenizer(path)
+    return SavedModel(config, jax.device_put(params), metadata, tokenizer_model)

@@ -16,7 +16,13 @@ PACKAGE = ROOT / "mobilellm_jax"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 IMPORT_SECONDS = 2.0  # of the bare package; JAX alone takes one on a slow core
 # Distributions whose modules carry another name.
-MODULES = {"orbax-checkpoint": "orbax", "absl-py": "absl", "protobuf": "google"}
+MODULES = {
+    "orbax-checkpoint": "orbax",
+    "absl-py": "absl",
+    "protobuf": "google",
+    "llama-cpp-python": "llama_cpp",
+}
+EXTRAS = ["torch", "executorch", "gguf", "litert", "test", "data", "dev"]
 
 
 def core_requirements():
@@ -25,7 +31,8 @@ def core_requirements():
 
 
 def extra_requirements(extra):
-    return [Requirement(text) for text in PYPROJECT["project"]["optional-dependencies"][extra]]
+    found = [Requirement(text) for text in PYPROJECT["project"]["optional-dependencies"][extra]]
+    return [requirement for requirement in found if requirement.name != "mobilellm_jax"]
 
 
 def run_python(program):
@@ -51,7 +58,7 @@ def test_core_requirements_are_exact_pins():
         assert re.fullmatch(r"==[\d.]+", str(requirement.specifier)), requirement
 
 
-@pytest.mark.parametrize("extra", ["test", "data", "dev"])
+@pytest.mark.parametrize("extra", EXTRAS)
 def test_extras_are_exact_pins(extra):
     for requirement in extra_requirements(extra):
         assert re.fullmatch(r"==[\d.]+", str(requirement.specifier)), requirement
@@ -85,7 +92,11 @@ def test_pyproject_takes_its_dependencies_from_requirements_txt():
 
 def test_every_import_is_a_declared_dependency_and_every_core_pin_is_used():
     core = {MODULES.get(r.name, r.name) for r in core_requirements()}
-    extras = {r.name for extra in ("test", "data") for r in extra_requirements(extra)}
+    extras = {
+        MODULES.get(r.name, r.name.replace("-", "_"))
+        for extra in EXTRAS
+        for r in extra_requirements(extra)
+    }
     own = {"mobilellm_jax"} | set(sys.stdlib_module_names)
     package = imported_modules(PACKAGE.rglob("*.py")) - own
     tests = imported_modules((ROOT / "tests").rglob("*.py")) - own

@@ -1,1 +1,1 @@
-"""Models in and out: Hugging Face folders and tokenizer files, without torch or transformers."""
+"""Models in and out: other frameworks, files for phones, and the proof that they are the same."""

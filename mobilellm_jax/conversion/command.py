@@ -1,42 +1,77 @@
-"""`mobilellm convert`: a checkpoint to a Hugging Face folder, or the other way round."""
+"""`mobilellm convert`: a checkpoint to the format of another runtime, or a folder of others read.
+
+Every conversion ends with the target's own runtime: what was written is loaded and compared with
+the JAX model before it gets its name.
+"""
 
 import argparse
+import pydoc_data.topics
+import resource
+import sys
+import time
 from pathlib import Path
 
-from mobilellm_jax.conversion.huggingface.folder import (
-    load_hf,
-    load_hf_provenance,
-    load_hf_tokenizer,
-    save_hf,
-)
-from mobilellm_jax.conversion.huggingface.safetensors_io import DTYPES
-from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.config import SHARED_KV_KINDS, ModelConfig, count_params
+from tqdm import tqdm
 
-# What of a checkpoint's metadata goes into the folder; all but the step come back from it.
-_KEPT = ("step", "bos", "mask_documents")
+from mobilellm_jax.conversion.folders import new_export
+from mobilellm_jax.conversion.formats import FORMATS, Format, kept_metadata, rounded_params
+from mobilellm_jax.conversion.runtime import import_extra
+from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.config import SHARED_KV_KINDS, ModelConfig
 
 _EPILOG = """\
+formats, and the dtypes of their weights (the first is the default):
+{formats}
+
 examples:
-  mobilellm convert --to hf --checkpoint runs/my_model --output my_model_hf --dtype bfloat16
+  mobilellm convert --to pte --checkpoint runs/my_model --output exports/my_model_pte
+  mobilellm convert --to gguf --dtype q8_0 --checkpoint my_model_hf --output exports/my_model_q8
   mobilellm convert --from hf --input my_model_hf --output runs/imported
+  mobilellm convert --estimate --context_length 1024
+
+The output is a folder with the file for the app, its tokenizer, report.md and report.json with how
+far the file is from the JAX model, and checksums. It gets its name when all that is done.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = _EPILOG
-    direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--to", choices=["hf"], help="the format to write")
-    direction.add_argument("--from", dest="source", choices=["hf"], help="the format to read")
-    parser.add_argument("--checkpoint", help="with --to: a run's workdir, or one of its steps")
-    parser.add_argument("--input", help="with --from: the folder to read")
-    parser.add_argument(
-        "--output", required=True, help="the folder to write; with --from: a new workdir"
+    parser.epilog = _EPILOG.format(
+        formats="\n".join(
+            f"  {name:<11} {', '.join(f.tolerances):<34} {f.title}" for name, f in FORMATS.items()
+        )
     )
-    parser.add_argument(
-        "--dtype", choices=list(DTYPES), help="with --to: of the weights (default: float32)"
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--to", choices=list(FORMATS), help="the format to write")
+    what.add_argument("--from", dest="source", choices=["hf"], help="the format to read")
+    what.add_argument(
+        "--estimate",
+        action="store_true",
+        help="print what each preset takes in each format: file, memory, the paper's DRAM budget",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--checkpoint", help="with --to: a run's workdir, one of its steps, or a HF folder")
+    add("--input", help="with --from: the folder to read")
+    add("--output", help="the folder to write; with --from: a new workdir")
+    add("--dtype", help="with --to: of the weights, see below")
+    add(
+        "--context_length",
+        type=int,
+        metavar="TOKENS",
+        help="most tokens of prompt and answer together (default: the model's max_seq_len)",
+    )
+    add(
+        "--text",
+        metavar="FILE",
+        help="with --to: compare on this text (default: the reference of the Python language, "
+        "which comes with Python)",
+    )
+    add(
+        "--no-verify",
+        action="store_true",
+        help="with --to: do not run what was written; the report says so",
+    )
+    add(
         "--shared_kv",
         choices=SHARED_KV_KINDS,
         help="with --from: what the repeated blocks of a layer-shared model attend to, where the "
@@ -44,62 +79,168 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# Flags that belong to one of the three uses only.
+_FOREIGN = {
+    "--to": ("input", "shared_kv"),
+    "--from": ("checkpoint", "dtype", "context_length", "text", "no_verify"),
+    "--estimate": ("checkpoint", "input", "output", "dtype", "text", "no_verify", "shared_kv"),
+}
+
+
 def main(args: argparse.Namespace) -> None:
     """Runs the verb; raises UserError for flags that do not go together and for bad folders."""
-    # Orbax takes seconds to import; `--help` should not.
-    from mobilellm_jax.training.checkpoint_files import load_checkpoint
+    if args.to:
+        _check_flags(args, "--to", needed=("checkpoint", "output"))
+        _export(args)
+    elif args.source:
+        _check_flags(args, "--from", needed=("input", "output"))
+        _import(args)
+    else:
+        _check_flags(args, "--estimate", needed=())
+        from mobilellm_jax.conversion.estimate import estimate_table
+
+        print(estimate_table(args.context_length))
+
+
+def _check_flags(args: argparse.Namespace, use: str, *, needed: tuple[str, ...]) -> None:
+    for flag in needed:
+        if getattr(args, flag) is None:
+            raise UserError(f"convert {use} needs --{flag}")
+    for flag in _FOREIGN[use]:
+        if getattr(args, flag):
+            name = flag.replace("no_verify", "no-verify")
+            raise UserError(f"--{name} has no meaning with {use}; leave it out")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from mobilellm_jax.conversion.huggingface.folder import checked_tokenizer
+    from mobilellm_jax.conversion.report import Report, megabytes, verification_table
+    from mobilellm_jax.loading import load_saved
+
+    target = FORMATS[args.to]
+    dtype = args.dtype or next(iter(target.tolerances))
+    if dtype not in target.tolerances:
+        raise UserError(
+            f"--dtype {dtype}: {args.to} has {', '.join(target.tolerances)}; use one of them"
+        )
+    text, text_name = _read_text(args.text)
+    if not args.no_verify:
+        for module in target.runtime_modules:
+            import_extra(module, target.extra)
+    model = load_saved(args.checkpoint)
+    if model.tokenizer_model is not None:
+        name = f"{args.checkpoint}: tokenizer.model"
+        checked_tokenizer(model.tokenizer_model, name, model.config.vocab_size)
+    context_length = _context_length(args.context_length, model.config)
+    with new_export(args.output) as folder:
+        print(f"writing {target.title} ...", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        target.write(folder, model, dtype, context_length)
+        written = time.perf_counter()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        verification = None
+        if not args.no_verify:
+            verification = _verify(args.to, folder, model, dtype, context_length, text, text_name)
+        report = Report(
+            format=args.to,
+            dtype=dtype,
+            source=str(args.checkpoint),
+            config=model.config,
+            context_length=context_length,
+            file_bytes={file.name: file.stat().st_size for file in sorted(folder.iterdir())},
+            write_seconds=written - start,
+            verify_seconds=time.perf_counter() - written if verification else 0.0,
+            peak_bytes=peak,
+            verification=verification,
+            metadata=kept_metadata(model),
+        )
+        report.write(folder)
+    print(f"Wrote {args.output}: {megabytes(sum(report.file_bytes.values()))}.")
+    _print_costs(model.config, target)
+    if verification is None:
+        print("Not verified (--no-verify).")
+    else:
+        print("Verified against the JAX model:\n")
+        print(verification_table(verification))
+
+
+def _verify(name: str, folder: Path, model, dtype: str, context_length: int, text, text_name):
+    """Runs what was written; raises UserError if it is too far from the JAX model."""
+    from mobilellm_jax.conversion.verification import verify
+
+    rounded = rounded_params(name, folder, model, dtype)
+    with tqdm(total=100, desc="verifying", unit="%", bar_format=_BAR) as bar:
+
+        def on_progress(share: float) -> None:
+            bar.update(100 * share - bar.n)
+
+        result = verify(
+            model.config,
+            model.params if rounded is None else rounded,
+            FORMATS[name].open(folder, context_length),
+            FORMATS[name].tolerances[dtype],
+            tokenizer=model.tokenizer_model and Tokenizer(model.tokenizer_model),
+            bos=bool(model.metadata.get("bos", True)),
+            text=text,
+            text_name=text_name,
+            unrounded_params=None if rounded is None else model.params,
+            on_progress=on_progress,
+        )
+    if result.problems:
+        raise UserError(
+            f"what {result.runtime} computes is not the JAX model: {'; '.join(result.problems)}. "
+            "Nothing was kept. Please report this with the model's config; --no-verify writes the "
+            "file all the same"
+        )
+    return result
+
+
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+
+
+def _read_text(path: str | None) -> tuple[str, str]:
+    """The text to compare on, and its name."""
+    if path is None:
+        topics = pydoc_data.topics.topics
+        return "\n".join(topics[name] for name in sorted(topics)), "Python's language reference"
+    try:
+        return Path(path).read_text(encoding="utf-8"), path
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error})") from error
+
+
+def _context_length(asked: int | None, config: ModelConfig) -> int:
+    longest = config.max_seq_len
+    if asked is None:
+        return longest
+    if not 2 <= asked <= longest:
+        raise UserError(
+            f"--context_length {asked}: use 2 to {longest}, the max_seq_len of the model"
+        )
+    return asked
+
+
+def _print_costs(config: ModelConfig, target: Format) -> None:
+    if target.expands and config.num_repeats > 1:
+        from mobilellm_jax.conversion.estimate import expansion
+
+        print(f"The format has no shared blocks: {expansion(config)}.")
+
+
+def _import(args: argparse.Namespace) -> None:
+    from mobilellm_jax.conversion.huggingface.folder import (
+        load_hf,
+        load_hf_metadata,
+        load_hf_tokenizer,
+    )
+    from mobilellm_jax.conversion.report import describe
     from mobilellm_jax.training.checkpoints import save_params
 
-    if args.to == "hf":
-        _check_flags(args, "--to", needed="checkpoint", foreign=("input", "shared_kv"))
-        model = load_checkpoint(args.checkpoint)
-        save_hf(
-            args.output,
-            model.config,
-            model.params,
-            tokenizer_model=model.tokenizer_model,
-            dtype=args.dtype or "float32",
-            provenance={k: model.metadata[k] for k in _KEPT if k in model.metadata},
-        )
-        _print_exported(Path(args.output), model.config)
-    else:
-        _check_flags(args, "--from", needed="input", foreign=("checkpoint", "dtype"))
-        config, params = load_hf(args.input, shared_kv=args.shared_kv)
-        tokenizer_model = load_hf_tokenizer(args.input)
-        provenance = load_hf_provenance(args.input)
-        metadata = {k: provenance[k] for k in _KEPT[1:] if k in provenance}
-        save_params(args.output, config, params, tokenizer_model, metadata)
-        print(f"Read {args.input}: {_describe(config)}.")
-        print(f"Wrote a checkpoint to {args.output}", end="")
-        print(" with its tokenizer." if tokenizer_model else "; there was no tokenizer.model.")
-
-
-def _check_flags(
-    args: argparse.Namespace, direction: str, *, needed: str, foreign: tuple[str, ...]
-) -> None:
-    if getattr(args, needed) is None:
-        raise UserError(f"{direction} hf needs --{needed}")
-    for flag in foreign:
-        if getattr(args, flag) is not None:
-            raise UserError(f"--{flag} has no meaning with {direction} hf; leave it out")
-
-
-def _describe(config: ModelConfig) -> str:
-    text = f"{count_params(config):,} parameters, {config.num_layers} blocks"
-    if config.num_repeats > 1:
-        text += f", each run {config.num_repeats} times ({config.sharing}, {config.shared_kv})"
-    return text + (", tied embeddings" if config.tie_embeddings else ", untied head")
-
-
-def _print_exported(folder: Path, config: ModelConfig) -> None:
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"Wrote {folder}: {size / 1e6:,.1f} MB, {_describe(config)}.")
-    if config.num_repeats > 1:
-        print(
-            f"It is a plain Llama of {config.depth} layers, so shared blocks are stored repeatedly."
-        )
-    print("Load it in transformers:")
-    print("  from transformers import AutoModelForCausalLM, AutoTokenizer")
-    print(f"  model = AutoModelForCausalLM.from_pretrained({str(folder)!r})", end="")
-    has_tokenizer = (folder / "tokenizer.json").exists()
-    print(f"; tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})" if has_tokenizer else "")
+    config, params = load_hf(args.input, shared_kv=args.shared_kv)
+    tokenizer_model = load_hf_tokenizer(args.input)
+    metadata = load_hf_metadata(args.input)
+    metadata.pop("step", None)  # the new workdir starts its own count
+    save_params(args.output, config, params, tokenizer_model, metadata)
+    print(f"Read {args.input}: {describe(config)}.")
+    print(f"Wrote a checkpoint to {args.output}", end="")
+    print(" with its tokenizer." if tokenizer_model else "; there was no tokenizer.model.")

@@ -1,6 +1,7 @@
 """What every runtime that executes a converted model is asked for, and how one is asked for."""
 
 import importlib
+import logging
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Protocol
@@ -8,6 +9,10 @@ from typing import Protocol
 import numpy as np
 
 from mobilellm_jax.errors import UserError
+
+
+# They warn, when they are imported, of kernels for GPUs and of their own deprecations.
+_NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
 
 class Runtime(Protocol):
@@ -36,6 +41,8 @@ class Runtime(Protocol):
 
 def import_extra(name: str, extra: str) -> ModuleType:
     """Module `name`; UserError with the command that installs it if it is not there."""
+    for logger in _NOISY_LOGGERS:
+        logging.getLogger(logger).setLevel(logging.ERROR)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -1,0 +1,245 @@
+"""The formats that `mobilellm convert` writes, in one table: writer, runtime, tolerance."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from mobilellm_jax.conversion.huggingface.names import flatten, unflatten
+from mobilellm_jax.conversion.runtime import Runtime
+from mobilellm_jax.conversion.tokenizer_json import tokenizer_files
+from mobilellm_jax.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # Orbax takes seconds to import
+    from mobilellm_jax.training.checkpoint_files import SavedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """How far a converted model may be from the JAX model.
+
+    Attributes:
+      mean_kl: KL divergence of the runtime's next-token distribution from JAX's, in nats, mean
+        over positions.
+      logits: largest difference of a logit; None where the format rounds more than the weights
+        (activations, the cache), so that differences say little.
+      exact: whether argmax and greedy tokens have to agree, but for ties. A tie is a choice whose
+        JAX logit is as near to the largest as `logits` (or the measured difference) allows.
+    """
+
+    mean_kl: float
+    logits: float | None = None
+    exact: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """One format.
+
+    Attributes:
+      title: what it is, in words.
+      extra: of the package, that has its writer and its runtime.
+      runtime_modules: what has to be installed to run it.
+      file: what the app loads; None where that is the whole folder.
+      tolerances: of the comparison with the JAX model, by dtype of the weights. The first dtype is
+        the default.
+      write: `(folder, model, dtype, context_length)`, into an empty folder.
+      open: `(folder, context_length)`, the runtime with what was written.
+      expands: whether shared blocks are stored once per visit.
+    """
+
+    title: str
+    extra: str
+    runtime_modules: tuple[str, ...]
+    file: str | None
+    tolerances: Mapping[str, Tolerance]
+    write: Callable[[Path, "SavedModel", str, int], None]
+    open: Callable[[Path, int], Runtime]
+    expands: bool = False
+
+
+def _write_hf(form: str):
+    def write(folder: Path, model: "SavedModel", dtype: str, context_length: int) -> None:
+        from mobilellm_jax.conversion.huggingface.folder import write_hf
+
+        write_hf(
+            folder,
+            dataclasses.replace(model.config, max_seq_len=context_length),
+            model.params,
+            form=form,
+            tokenizer_model=model.tokenizer_model,
+            dtype=dtype,
+            provenance=kept_metadata(model),
+            chat_template=model.metadata.get("chat_template"),
+        )
+
+    return write
+
+
+def _open_hf(folder: Path, context_length: int) -> Runtime:
+    from mobilellm_jax.conversion.huggingface.runtime import TransformersRuntime
+
+    return TransformersRuntime(folder)
+
+
+def _write_pte(folder: Path, model: "SavedModel", dtype: str, context_length: int) -> None:
+    from mobilellm_jax.conversion.executorch.export import write_pte
+
+    tokenizer = model.tokenizer_model and Tokenizer(model.tokenizer_model)
+    write_pte(
+        folder / "model.pte",
+        model.config,
+        model.params,
+        context_length=context_length,
+        bos_id=tokenizer.bos_id if tokenizer else None,
+        eos_ids=[tokenizer.eos_id] if tokenizer and tokenizer.eos_id is not None else [],
+    )
+    _write_tokenizer(folder, model, context_length)
+
+
+def _open_pte(folder: Path, context_length: int) -> Runtime:
+    from mobilellm_jax.conversion.executorch.runtime import ExecuTorchRuntime
+
+    tokenizer = folder / "tokenizer.json"
+    return ExecuTorchRuntime(folder / "model.pte", tokenizer if tokenizer.exists() else None)
+
+
+def _write_gguf(folder: Path, model: "SavedModel", dtype: str, context_length: int) -> None:
+    from mobilellm_jax.conversion.gguf.export import write_gguf
+
+    write_gguf(
+        folder / "model.gguf",
+        dataclasses.replace(model.config, max_seq_len=context_length),
+        model.params,
+        tokenizer_model=model.tokenizer_model,
+        weight_type=_GGUF_TYPES[dtype],
+        name="MobileLLM",
+        chat_template=model.metadata.get("chat_template"),
+    )
+
+
+def _open_gguf(folder: Path, context_length: int) -> Runtime:
+    from mobilellm_jax.conversion.gguf.runtime import LlamaCppRuntime
+
+    return LlamaCppRuntime(folder / "model.gguf", context_length)
+
+
+def _write_litertlm(folder: Path, model: "SavedModel", dtype: str, context_length: int) -> None:
+    from mobilellm_jax.conversion.litert.export import write_litertlm
+
+    write_litertlm(
+        folder / "model.litertlm",
+        model.config,
+        model.params,
+        tokenizer_model=model.tokenizer_model,
+        weight_type={"float32": "fp32", "int8": "int8"}[dtype],
+        context_length=context_length,
+        chat_template=model.metadata.get("chat_template"),
+    )
+
+
+def _open_litertlm(folder: Path, context_length: int) -> Runtime:
+    from mobilellm_jax.conversion.litert.runtime import LiteRtLmRuntime
+
+    return LiteRtLmRuntime(folder / "model.litertlm")
+
+
+def _write_tokenizer(folder: Path, model: "SavedModel", context_length: int) -> None:
+    if model.tokenizer_model is None:
+        return
+    (folder / "tokenizer.model").write_bytes(model.tokenizer_model)
+    for name, content in tokenizer_files(model.tokenizer_model, context_length).items():
+        (folder / name).write_bytes(content)
+
+
+_GGUF_TYPES = {"float32": "F32", "float16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
+_EXACT = Tolerance(mean_kl=1e-5, logits=1e-4)
+_HF_TOLERANCES = {"float32": _EXACT, "bfloat16": _EXACT, "float16": _EXACT}
+
+FORMATS: dict[str, Format] = {
+    "hf": Format(
+        title="Hugging Face folder, a plain LlamaForCausalLM",
+        extra="torch",
+        runtime_modules=("torch", "transformers"),
+        file=None,
+        tolerances=_HF_TOLERANCES,
+        write=_write_hf("expanded"),
+        open=_open_hf,
+        expands=True,
+    ),
+    "hf_compact": Format(
+        title="Hugging Face folder with shared blocks once, and the code that runs it",
+        extra="torch",
+        runtime_modules=("torch", "transformers"),
+        file=None,
+        tolerances=_HF_TOLERANCES,
+        write=_write_hf("compact"),
+        open=_open_hf,
+    ),
+    "pte": Format(
+        title="ExecuTorch program",
+        extra="executorch",
+        runtime_modules=("executorch.runtime",),
+        file="model.pte",
+        tolerances={"float32": _EXACT},
+        write=_write_pte,
+        open=_open_pte,
+    ),
+    "gguf": Format(
+        title="GGUF file for llama.cpp",
+        extra="gguf",
+        runtime_modules=("gguf", "llama_cpp"),
+        file="model.gguf",
+        tolerances={
+            "float32": Tolerance(mean_kl=1e-5),
+            "float16": Tolerance(mean_kl=1e-5),
+            "q8_0": Tolerance(mean_kl=1e-3, exact=False),
+            "q4_0": Tolerance(mean_kl=1e-3, exact=False),
+        },
+        write=_write_gguf,
+        open=_open_gguf,
+        expands=True,
+    ),
+    "litertlm": Format(
+        title="LiteRT-LM file",
+        extra="litert",
+        runtime_modules=("litert_torch", "litert_lm"),
+        file="model.litertlm",
+        tolerances={
+            "float32": _EXACT,
+            "int8": Tolerance(mean_kl=1e-1, exact=False),
+        },
+        write=_write_litertlm,
+        open=_open_litertlm,
+    ),
+}
+
+# What of a checkpoint's metadata goes along with the model.
+_KEPT = ("step", "bos", "mask_documents", "chat_template")
+
+
+def kept_metadata(model: "SavedModel") -> dict[str, Any]:
+    """What a converted model keeps of its training."""
+    return {key: model.metadata[key] for key in _KEPT if key in model.metadata}
+
+
+def rounded_params(name: str, folder: Path, model: "SavedModel", dtype: str) -> dict | None:
+    """fp32 parameters with the values that the written file holds; None where it rounds none.
+
+    LiteRT's int8 weights are compared with the model before rounding.
+    """
+    if dtype in ("float32", "int8"):
+        return None
+    if name == "gguf":
+        from mobilellm_jax.conversion.gguf.export import dequantized_params
+
+        return dequantized_params(folder / "model.gguf", model.config)
+    rounding = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
+    leaves = {
+        path: np.asarray(leaf).astype(rounding).astype(np.float32)
+        for path, leaf in flatten(model.params)
+    }
+    return unflatten(leaves)

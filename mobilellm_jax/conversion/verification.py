@@ -1,0 +1,227 @@
+"""A converted model, run by its own runtime, against the JAX model on real text."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from mobilellm_jax.conversion.formats import Tolerance
+from mobilellm_jax.conversion.runtime import Runtime
+from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.inference.generate import generate_tokens
+from mobilellm_jax.inference.sampling import Sampling
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.transformer import MobileLLM
+
+_DECODED = 256  # tokens that are read one at a time
+_CONTINUED = 128  # tokens of greedy continuation
+_GREEDY_PROMPT = 16
+_LINES = 200  # lines of text whose ids are compared
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Figures over a number of positions: `logits` and `mean_kl` as in `Tolerance`."""
+
+    positions: int
+    logits: float
+    mean_kl: float
+    argmax: float  # share of positions with the same likeliest token
+    wrong: int  # positions with another likeliest token that is no tie
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What was measured, and what was asked for.
+
+    Attributes:
+      runtime: name and version of the software that ran the model.
+      text: where the tokens come from.
+      decoded: reading token by token, through the cache.
+      prompts: last logits of prompts of the lengths in `prompt_lengths`, each read at once.
+      greedy_equal: tokens of a greedy continuation that agree before the first that does not.
+      greedy_tokens: length of that continuation.
+      greedy_is_tie: whether the first different token is a tie.
+      lines: lines of text that were encoded.
+      lines_equal: those with the ids of SentencePiece.
+      rounding: what rounding the weights alone does to the JAX model, for formats that round.
+    """
+
+    runtime: str
+    text: str
+    tolerance: Tolerance
+    decoded: Comparison
+    prompts: Comparison
+    prompt_lengths: tuple[int, ...]
+    greedy_equal: int
+    greedy_tokens: int
+    greedy_is_tie: bool
+    lines: int
+    lines_equal: int
+    rounding: Comparison | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        """What is outside of the tolerance, in words; empty if nothing is."""
+        found, allowed = [], self.tolerance
+        for name, compared in (("token by token", self.decoded), ("prompts", self.prompts)):
+            if not compared.mean_kl <= allowed.mean_kl:
+                found.append(f"{name}: mean KL {compared.mean_kl:.2e} > {allowed.mean_kl:.0e}")
+            if allowed.logits is not None and not compared.logits <= allowed.logits:
+                found.append(
+                    f"{name}: a logit differs by {compared.logits:.2e} > {allowed.logits:.0e}"
+                )
+            if allowed.exact and compared.wrong:
+                found.append(f"{name}: {compared.wrong} of {compared.positions} argmax differ")
+        if allowed.exact and self.greedy_equal < self.greedy_tokens and not self.greedy_is_tie:
+            found.append(f"greedy tokens differ from number {self.greedy_equal + 1} on")
+        if self.lines_equal < self.lines:
+            found.append(f"ids differ in {self.lines - self.lines_equal} of {self.lines} lines")
+        return found
+
+
+def verify(
+    config: ModelConfig,
+    params: dict,
+    runtime: Runtime,
+    tolerance: Tolerance,
+    *,
+    tokenizer: Tokenizer | None,
+    bos: bool,
+    text: str,
+    text_name: str,
+    unrounded_params: dict | None = None,
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> Verification:
+    """Runs both models on the beginning of `text`.
+
+    Args:
+      params: what the JAX model is computed with; for a format that rounds weights, the rounded
+        ones.
+      tokenizer: of the model; None compares on random ids, and no lines.
+      bos: whether the model's documents begin with BOS.
+      unrounded_params: where `params` are rounded, those that they come from.
+      on_progress: called with the share of the work that is done.
+    """
+    context = min(runtime.context_length, config.max_seq_len)
+    tokens = _window(config, tokenizer, bos, text, text_name, context)
+    expected_TV = _Reference(config, params).logits(tokens)
+    lengths = _prompt_lengths(context)
+    steps = len(lengths) + 2
+
+    def compare(expected, got):
+        return compare_logits(expected, got, tolerance.logits)
+
+    decoded_to = min(_DECODED, context)
+    decoded = compare(expected_TV[:decoded_to], runtime.logits(tokens[:decoded_to]))
+    on_progress(1 / steps)
+    rows = []
+    for number, length in enumerate(lengths, start=2):
+        rows.append(runtime.last_logits(tokens[:length]))
+        on_progress(number / steps)
+    prompts = compare(expected_TV[np.array(lengths) - 1], np.stack(rows))
+    near = tolerance.logits or max(decoded.logits, prompts.logits)
+    greedy = _compare_greedy(config, params, runtime, tokens[: context // 2], context, near)
+    rounding = None
+    if unrounded_params is not None:
+        rounding = compare(_Reference(config, unrounded_params).logits(tokens), expected_TV)
+    lines = _lines(text) if tokenizer else []
+    equal = sum(runtime.encode(line) == tokenizer.encode(line) for line in lines)
+    on_progress(1.0)
+    return Verification(
+        runtime=runtime.name,
+        text=text_name if tokenizer else "random ids (the model has no tokenizer)",
+        tolerance=tolerance,
+        decoded=decoded,
+        prompts=prompts,
+        prompt_lengths=tuple(lengths),
+        lines=len(lines),
+        lines_equal=equal,
+        rounding=rounding,
+        **greedy,
+    )
+
+
+def compare_logits(
+    expected_TV: np.ndarray, got_TV: np.ndarray, tie: float | None = None
+) -> Comparison:
+    """Compares logits row by row; `tie` is how near to the largest a logit ties with it."""
+    assert expected_TV.shape == got_TV.shape, (expected_TV.shape, got_TV.shape)
+    expected_TV, got_TV = expected_TV.astype(np.float64), got_TV.astype(np.float64)
+    difference = float(np.abs(expected_TV - got_TV).max())
+    log_p, log_q = _log_softmax(expected_TV), _log_softmax(got_TV)
+    chosen = got_TV.argmax(-1)
+    same = chosen == expected_TV.argmax(-1)
+    behind = expected_TV.max(-1) - np.take_along_axis(expected_TV, chosen[:, None], 1)[:, 0]
+    # Two logits may each be off by as much.
+    near = 2 * (difference if tie is None else tie)
+    return Comparison(
+        positions=len(expected_TV),
+        logits=difference,
+        mean_kl=float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
+        argmax=float(same.mean()),
+        wrong=int((~same & ~(behind <= near)).sum()),
+    )
+
+
+class _Reference:
+    def __init__(self, config: ModelConfig, params: dict):
+        model = MobileLLM(config)
+        self._apply = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens)[0])
+        self._params = params
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        return np.asarray(self._apply(self._params, np.array([tokens], np.int32)))
+
+
+def _compare_greedy(config, params, runtime, tokens, context: int, near: float) -> dict:
+    """`near` is how far off a logit may be, so that two are a tie."""
+    prompt = tokens[:_GREEDY_PROMPT]
+    count = min(_CONTINUED, context - len(prompt))
+    steps = generate_tokens(
+        config, params, [prompt], max_tokens=count, sampling=Sampling(temperature=0)
+    )
+    expected = [int(step[0]) for step in steps]
+    got = runtime.greedy(prompt, count)
+    equal = next(
+        (i for i, pair in enumerate(zip(expected, got, strict=True)) if pair[0] != pair[1]), count
+    )
+    is_tie = False
+    if equal < count:
+        last_V = _Reference(config, params).logits([*prompt, *expected[:equal]])[-1]
+        is_tie = bool(last_V[expected[equal]] - last_V[got[equal]] <= 2 * near)
+    return {"greedy_equal": equal, "greedy_tokens": count, "greedy_is_tie": is_tie}
+
+
+def _window(config, tokenizer, bos, text, text_name, context) -> list[int]:
+    """`context` ids to compare on."""
+    if tokenizer is None:
+        return np.random.default_rng(0).integers(0, config.vocab_size, context).tolist()
+    ids = tokenizer.encode(text[: 32 * context], bos=bos and tokenizer.bos_id is not None)
+    if len(ids) < context:
+        raise UserError(
+            f"{text_name}: has {len(ids)} tokens, the comparison wants the context of {context}; "
+            "name a longer --text"
+        )
+    return ids[:context]
+
+
+def _prompt_lengths(context: int) -> list[int]:
+    """1 to context - 1, which leaves room for a token: all if few, else around powers of two."""
+    if context <= 64:
+        return list(range(1, context))
+    powers = [2**i for i in range(1, int(math.log2(context)) + 1)]
+    around = {length for power in powers for length in (power - 1, power, power + 1)}
+    return sorted({n for n in around if n < context} | {context - 1})
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip()][:_LINES]
+
+
+def _log_softmax(logits_TV: np.ndarray) -> np.ndarray:
+    shifted = logits_TV - logits_TV.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

@@ -1,0 +1,191 @@
+"""`mobilellm convert`: every format, verified by its own runtime, written whole or not at all."""
+
+import dataclasses
+import json
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+from hf_folders import make_params, train_small_tokenizer
+
+from mobilellm_jax.cli import main
+from mobilellm_jax.conversion.formats import FORMATS
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.training.checkpoints import save_params
+
+CONFIG = ModelConfig(
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    embed_dim=64,
+    ffn_dim=96,
+    head_dim=32,
+    vocab_size=608,
+    max_seq_len=40,
+    sharing="immediate",
+    num_repeats=2,
+)
+SLOW = {"pte", "litertlm"}
+
+
+def save(workdir, tokenizer_model=None, **changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    # Weights as small as trained ones: runtimes round activations too.
+    params = jax.tree.map(lambda x: x * np.float32(0.5), make_params(config))
+    if config.ffn == "relu":
+        del params["blocks"]["ffn"]["gate"]
+    save_params(workdir, config, params, tokenizer_model, {"bos": True})
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def tokenizer_model(tmp_path_factory):
+    return train_small_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, tokenizer_model):
+    return save(tmp_path_factory.mktemp("runs") / "run", tokenizer_model)
+
+
+def convert(capsys, *arguments):
+    status = main(["convert", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def needs_runtime(name):
+    for module in FORMATS[name].runtime_modules:
+        pytest.importorskip(module, reason=f"install mobilellm_jax[{FORMATS[name].extra}]")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, target in FORMATS.items()
+        for dtype in target.tolerances
+    ],
+)
+def test_every_format_is_written_and_agrees_with_jax(name, dtype, workdir, tmp_path, capsys):
+    needs_runtime(name)
+    output = tmp_path / "out"
+    status, text = convert(
+        capsys, "--to", name, "--dtype", dtype, "--checkpoint", workdir, "--output", output
+    )
+    assert status == 0, text
+    assert "Verified against the JAX model" in text
+    if FORMATS[name].file:
+        assert (output / FORMATS[name].file).stat().st_size > 1000
+    report = json.loads((output / "report.json").read_text())
+    assert report["verified"] and report["verification"]["problems"] == []
+    assert (report["format"], report["dtype"]) == (name, dtype)
+    assert report["training"] == {"bos": True, "step": 0}
+    assert report["verification"]["prompt_lengths"] == list(range(1, CONFIG.max_seq_len))
+    assert report["verification"]["lines_equal"] == report["verification"]["lines"] > 100
+    if dtype == "float32":
+        assert report["verification"]["greedy_equal"] == report["verification"]["greedy_tokens"]
+    assert "largest logit difference" in (output / "report.md").read_text()
+    sums = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=output, capture_output=True)
+    assert sums.returncode == 0
+    assert list(tmp_path.iterdir()) == [output]
+
+
+class Wrong:
+    """A runtime whose logits are off by a little."""
+
+    def __init__(self, runtime):
+        self._runtime, self.name = runtime, runtime.name
+        self.context_length = runtime.context_length
+
+    def logits(self, tokens):
+        return self._runtime.logits(tokens) * np.float32(1.1)
+
+    def __getattr__(self, name):
+        return getattr(self._runtime, name)
+
+
+def test_a_file_that_does_not_agree_is_not_kept(workdir, tmp_path, capsys, monkeypatch):
+    needs_runtime("gguf")
+    target = FORMATS["gguf"]
+    wrong = dataclasses.replace(target, open=lambda *args: Wrong(target.open(*args)))
+    monkeypatch.setitem(FORMATS, "gguf", wrong)
+    status, text = convert(
+        capsys, "--to", "gguf", "--checkpoint", workdir, "--output", tmp_path / "out"
+    )
+    assert status == 2
+    assert "is not the JAX model: token by token: mean KL" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_verify_writes_the_same_file_and_says_so(workdir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(FORMATS, "hf", dataclasses.replace(FORMATS["hf"], open=None))
+    output = tmp_path / "out"
+    status, text = convert(
+        capsys, "--to", "hf", "--checkpoint", workdir, "--output", output, "--no-verify"
+    )
+    assert status == 0 and "Not verified" in text
+    assert json.loads((output / "report.json").read_text())["verified"] is False
+    assert "**Not verified**" in (output / "report.md").read_text()
+
+
+def test_a_missing_extra_is_named_before_any_work(workdir, tmp_path, capsys, monkeypatch):
+    absent = dataclasses.replace(FORMATS["gguf"], runtime_modules=("no_such_module",))
+    monkeypatch.setitem(FORMATS, "gguf", absent)
+    status, text = convert(
+        capsys, "--to", "gguf", "--checkpoint", workdir, "--output", tmp_path / "out"
+    )
+    assert status == 2
+    assert "no_such_module is not installed: pip install 'mobilellm_jax[gguf]'" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_export_is_replaced_and_other_files_never(workdir, tmp_path, capsys):
+    arguments = ("--to", "hf", "--checkpoint", workdir, "--output", tmp_path / "out", "--no-verify")
+    assert convert(capsys, *arguments)[0] == 0
+    assert convert(capsys, *arguments)[0] == 0
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    status, text = convert(capsys, *arguments)
+    assert status == 2 and "already holds something that is not an earlier export" in text
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["hf", "gguf", "litertlm"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"shared_kv": "first_visit"}, "first_visit"), ({"ffn": "relu"}, "model.ffn = 'relu'")],
+)
+def test_what_a_format_cannot_express_is_refused(
+    name, changes, message, tokenizer_model, tmp_path, capsys
+):
+    needs_runtime(name)
+    run = save(tmp_path / "run", tokenizer_model, **changes)
+    status, text = convert(capsys, "--to", name, "--checkpoint", run, "--output", tmp_path / "out")
+    assert status == 2 and message in text, text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "gguf", "--dtype", "int8"], "--dtype int8: gguf has float32, float16, q8_0"),
+        (["--to", "hf", "--context_length", "41"], "--context_length 41: use 2 to 40"),
+        (["--to", "hf", "--context_length", "1"], "--context_length 1: use 2 to 40"),
+        (["--to", "hf", "--text", "no/such/file"], "no/such/file: cannot be read as text"),
+        (["--to", "hf", "--input", "x"], "--input has no meaning with --to"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(arguments, message, workdir, tmp_path, capsys):
+    output = tmp_path / "out"
+    status, text = convert(
+        capsys, *arguments, "--checkpoint", workdir, "--output", output, "--no-verify"
+    )
+    assert status == 2 and message in text, text
+    assert not output.exists()
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tokenizer_model, tmp_path, capsys):
+    run = save(tmp_path / "run", tokenizer_model, vocab_size=300)
+    status, text = convert(capsys, "--to", "gguf", "--checkpoint", run, "--output", tmp_path / "o")
+    assert status == 2 and "but the model's vocab_size is 300" in text

@@ -1,0 +1,134 @@
+"""The comparison of a converted model with the JAX model finds what is wrong, and nothing else."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hf_folders import train_small_tokenizer
+from model_cases import random_params, tiny
+
+from mobilellm_jax.conversion.formats import Tolerance
+from mobilellm_jax.conversion.verification import compare_logits, verify
+from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.inference.generate import generate_tokens
+from mobilellm_jax.inference.sampling import Sampling
+from mobilellm_jax.model.transformer import MobileLLM
+
+TOLERANCE = Tolerance(mean_kl=1e-5, logits=1e-4)
+CONFIG = tiny("immediate", 2, vocab_size=608, max_seq_len=24)
+TEXT = "The quick brown fox jumps over the lazy dog.\n\nA second line, and a third.\n" * 4
+FORWARD = jax.jit(lambda params, tokens: MobileLLM(CONFIG).apply({"params": params}, tokens))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer(train_small_tokenizer(tmp_path_factory.mktemp("t") / "tokenizer.model"))
+
+
+class RuntimeInJax:
+    """Stands for a runtime: the model itself, with a mistake if one is asked for."""
+
+    name, context_length = "the JAX model", CONFIG.max_seq_len
+
+    def __init__(self, tokenizer, params=None, last=lambda logits: logits, pieces=None):
+        self._params = params or random_params(CONFIG)
+        self._tokenizer, self._last, self._pieces = tokenizer, last, pieces
+
+    def logits(self, tokens):
+        padded = np.zeros((1, CONFIG.max_seq_len), np.int32)
+        padded[0, : len(tokens)] = tokens
+        return np.asarray(FORWARD(self._params, padded))[0, : len(tokens)]
+
+    def last_logits(self, tokens):
+        return self._last(self.logits(tokens)[-1])
+
+    def greedy(self, tokens, num_tokens):
+        steps = generate_tokens(
+            CONFIG, self._params, [tokens], max_tokens=num_tokens, sampling=Sampling(temperature=0)
+        )
+        return [int(step[0]) for step in steps]
+
+    def encode(self, text):
+        return self._tokenizer.encode(self._pieces(text) if self._pieces else text)
+
+
+def run(runtime, tokenizer, tolerance=TOLERANCE, params=None):
+    return verify(
+        CONFIG,
+        params or random_params(CONFIG),
+        runtime,
+        tolerance,
+        tokenizer=tokenizer,
+        bos=True,
+        text=TEXT,
+        text_name="a text",
+    )
+
+
+def test_the_same_model_passes_at_every_prompt_length(tokenizer):
+    result = run(RuntimeInJax(tokenizer), tokenizer)
+    assert result.problems == []
+    assert result.prompt_lengths == tuple(range(1, CONFIG.max_seq_len))
+    assert result.decoded.positions == CONFIG.max_seq_len
+    assert result.greedy_equal == result.greedy_tokens > 8
+    assert result.lines_equal == result.lines == 8
+
+
+def test_other_weights_are_found_by_every_figure(tokenizer):
+    other = RuntimeInJax(tokenizer, random_params(CONFIG, seed=1))
+    problems = "\n".join(run(other, tokenizer).problems)
+    for part in ("token by token: mean KL", "a logit differs", "argmax differ", "greedy tokens"):
+        assert part in problems
+
+
+def test_an_error_in_prompts_alone_is_found(tokenizer):
+    off = RuntimeInJax(tokenizer, last=lambda logits: logits + 2e-4)
+    (problem,) = run(off, tokenizer).problems
+    assert problem.startswith("prompts: a logit differs by 2.0")
+
+
+def test_logits_that_are_not_numbers_are_found(tokenizer):
+    broken = RuntimeInJax(tokenizer, last=lambda logits: np.full_like(logits, np.nan))
+    assert any("prompts" in problem for problem in run(broken, tokenizer).problems)
+
+
+def test_other_ids_are_found(tokenizer):
+    lower = RuntimeInJax(tokenizer, pieces=str.lower)
+    assert run(lower, tokenizer).problems == ["ids differ in 8 of 8 lines"]
+
+
+def test_a_tie_is_no_mistake_and_a_wrong_choice_is_one():
+    expected = np.array([[1.0, 1.00001, 0.0], [3.0, 2.0, 1.0]])
+    swapped = np.array([[1.00001, 1.0, 0.0], [3.0, 2.0, 1.0]])
+    tie = compare_logits(expected, swapped, 1e-4)
+    assert (tie.argmax, tie.wrong) == (0.5, 0)
+    wrong = compare_logits(expected, expected[:, [2, 0, 1]], 1e-4)
+    assert (wrong.argmax, wrong.wrong) == (0.0, 2)
+
+
+def test_kl_is_that_of_the_two_distributions():
+    p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.5, 0.25]])
+    expected = 0.5 * np.log(2) + 0.25 * np.log(0.5)
+    shifted = compare_logits(np.log(p) + 3.0, np.log(q) - 1.0)
+    np.testing.assert_allclose(shifted.mean_kl, expected, rtol=1e-12)
+
+
+def test_a_format_that_rounds_is_held_to_kl_only(tokenizer):
+    loose = dataclasses.replace(TOLERANCE, mean_kl=1e9, logits=None, exact=False)
+    assert run(RuntimeInJax(tokenizer, random_params(CONFIG, 1)), tokenizer, loose).problems == []
+
+
+def test_a_text_that_is_too_short_is_refused(tokenizer):
+    with pytest.raises(UserError, match="a text: has .* name a longer --text"):
+        verify(
+            CONFIG,
+            random_params(CONFIG),
+            RuntimeInJax(tokenizer),
+            TOLERANCE,
+            tokenizer=tokenizer,
+            bos=True,
+            text="short",
+            text_name="a text",
+        )
