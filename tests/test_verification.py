@@ -74,6 +74,7 @@ def test_the_same_model_passes_at_every_prompt_length(tokenizer):
     assert result.decoded.positions == CONFIG.max_seq_len
     assert result.greedy_equal == result.greedy_tokens > 8
     assert result.lines_equal == result.lines == 8
+    assert result.greedy_text.startswith("The quick")
 
 
 def test_other_weights_are_found_by_every_figure(tokenizer):

@@ -78,15 +78,21 @@ def estimate_table(context_length: int | None) -> str:
     rows = []
     for name, config in PRESETS.items():
         costs = [estimate(config, *column, context_length) for column in _COLUMNS]
-        cells = [f"{c.file / 1e6:,.0f} / {c.memory / 1e6:,.0f}{'' if c.fits else ' *'}" for c in costs]
+        cells = [
+            f"{c.file / 1e6:,.0f} / {c.memory / 1e6:,.0f}{'' if c.fits else ' *'}" for c in costs
+        ]
         rows.append((name, *cells))
     header = ("MB, file / memory", *(f"{format} {dtype}" for format, dtype in _COLUMNS))
     return (
         f"{table(header, rows)}\n\n"
-        f"Memory: weights as the runtime holds them, and keys and values of {context_length} tokens "
-        "(fp16 in llama.cpp,\nfp32 elsewhere); working memory and the app come on top. "
-        f"* is more than {megabytes(DRAM_BUDGET)}, the paper's budget:\na tenth of 6 GB."
+        f"Memory: weights as the runtime holds them, and keys and values of {context_length} tokens\n"
+        "(fp16 in llama.cpp, fp32 elsewhere); working memory and the app come on top.\n"
+        f"* is more than {megabytes(DRAM_BUDGET)}, the paper's budget: a tenth of 6 GB."
     )
+
+
+def _cell(cost: Cost) -> str:
+    return f"{cost.file / 1e6:,.0f} / {cost.memory / 1e6:,.0f}{'' if cost.fits else ' *'}"
 
 
 def _block_weights(config: ModelConfig) -> int:

@@ -86,6 +86,9 @@ class Report:
             parts.append("**Not verified**: converted with --no-verify.")
         else:
             parts += ["## Against the JAX model", verification_table(self.verification)]
+            if self.verification.greedy_text:
+                quoted = self.verification.greedy_text.replace("\n", "\n> ")
+                parts.append(f"What it continues the text with, greedily:\n\n> {quoted}")
         return "\n\n".join(parts) + "\n"
 
 
@@ -99,7 +102,12 @@ def verification_table(v: Verification) -> str:
     if v.rounding:
         compared.append(("rounding of the weights alone, in JAX", v.rounding))
     rows = [
-        (name, f"{x.logits:.1e}", f"{x.mean_kl:.1e}", f"{x.argmax:.2%}{_ties(x) if v.tolerance.exact else ''}")
+        (
+            name,
+            f"{x.logits:.1e}",
+            f"{x.mean_kl:.1e}",
+            f"{x.argmax:.2%}{_ties(x) if v.tolerance.exact else ''}",
+        )
         for name, x in compared
     ]
     header = ("", "largest logit difference", "mean KL, nats", "same argmax")
@@ -137,7 +145,9 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def _ties(compared: Comparison) -> str:
+def _ties(compared: Comparison, v: Verification) -> str:
+    if not v.tolerance.exact:
+        return ""
     different = round((1 - compared.argmax) * compared.positions)
     ties = different - compared.wrong
     return f" ({ties} of {different} others are ties)" if ties else ""

@@ -10,7 +10,6 @@ import numpy as np
 
 from mobilellm_jax.errors import UserError
 
-
 # They warn, when they are imported, of kernels for GPUs and of their own deprecations.
 _NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 

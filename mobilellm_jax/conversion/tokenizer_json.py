@@ -15,6 +15,9 @@ from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
 
 SPACE = "\u2581"  # SentencePiece's sign for a space
+# The space at the very beginning of a text. The usual Strip decoder would do, but ExecuTorch
+# decodes token by token: Strip takes the space before every word, and this pattern it skips.
+_FIRST_SPACE = r"(?<![\s\S]) "
 _Piece = sentencepiece_proto.ModelProto.SentencePiece
 _UNCHANGED = "; encode with sentencepiece and tokenizer.model instead"
 
@@ -37,7 +40,7 @@ def build_tokenizer_json(model_bytes: bytes, name: str = "tokenizer.model") -> d
     tokens = special_tokens(proto, tokenizer)
     dummy_prefix = proto.normalizer_spec.add_dummy_prefix
     prepend = [{"type": "Prepend", "prepend": SPACE}] if dummy_prefix else []
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if dummy_prefix else []
+    unprepend = {"type": "Replace", "pattern": {"Regex": _FIRST_SPACE}, "content": ""}
     special = (_Piece.UNKNOWN, _Piece.CONTROL)
     return {
         "version": "1.0",
@@ -61,7 +64,7 @@ def build_tokenizer_json(model_bytes: bytes, name: str = "tokenizer.model") -> d
                 {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
-                *strip,
+                *([unprepend] if dummy_prefix else []),
             ],
         },
         "model": {

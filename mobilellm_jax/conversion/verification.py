@@ -45,6 +45,7 @@ class Verification:
       greedy_equal: tokens of a greedy continuation that agree before the first that does not.
       greedy_tokens: length of that continuation.
       greedy_is_tie: whether the first different token is a tie.
+      greedy_text: prompt and continuation as the runtime has them; None without a tokenizer.
       lines: lines of text that were encoded.
       lines_equal: those with the ids of SentencePiece.
       rounding: what rounding the weights alone does to the JAX model, for formats that round.
@@ -59,6 +60,7 @@ class Verification:
     greedy_equal: int
     greedy_tokens: int
     greedy_is_tie: bool
+    greedy_text: str | None
     lines: int
     lines_equal: int
     rounding: Comparison | None = None
@@ -124,12 +126,15 @@ def verify(
         on_progress(number / steps)
     prompts = compare(expected_TV[np.array(lengths) - 1], np.stack(rows))
     near = tolerance.logits or max(decoded.logits, prompts.logits)
-    greedy = _compare_greedy(config, params, runtime, tokens[: context // 2], context, near)
+    prompt = tokens[: min(_GREEDY_PROMPT, context // 2)]
+    count = min(_CONTINUED, context - len(prompt))
+    continuation = runtime.greedy(prompt, count)
+    equal, is_tie = _compare_greedy(config, params, prompt, continuation, near)
     rounding = None
     if unrounded_params is not None:
         rounding = compare(_Reference(config, unrounded_params).logits(tokens), expected_TV)
     lines = _lines(text) if tokenizer else []
-    equal = sum(runtime.encode(line) == tokenizer.encode(line) for line in lines)
+    lines_equal = sum(runtime.encode(line) == tokenizer.encode(line) for line in lines)
     on_progress(1.0)
     return Verification(
         runtime=runtime.name,
@@ -139,9 +144,12 @@ def verify(
         prompts=prompts,
         prompt_lengths=tuple(lengths),
         lines=len(lines),
-        lines_equal=equal,
+        lines_equal=lines_equal,
         rounding=rounding,
-        **greedy,
+        greedy_equal=equal,
+        greedy_tokens=count,
+        greedy_is_tie=is_tie,
+        greedy_text=tokenizer and _decode(tokenizer, [*prompt, *continuation]),
     )
 
 
@@ -177,23 +185,21 @@ class _Reference:
         return np.asarray(self._apply(self._params, np.array([tokens], np.int32)))
 
 
-def _compare_greedy(config, params, runtime, tokens, context: int, near: float) -> dict:
-    """`near` is how far off a logit may be, so that two are a tie."""
-    prompt = tokens[:_GREEDY_PROMPT]
-    count = min(_CONTINUED, context - len(prompt))
+def _compare_greedy(config, params, prompt, got: list[int], near: float) -> tuple[int, bool]:
+    """How many tokens agree with JAX's before the first that does not, and whether that is a tie.
+
+    `near` is how far off a logit may be.
+    """
     steps = generate_tokens(
-        config, params, [prompt], max_tokens=count, sampling=Sampling(temperature=0)
+        config, params, [prompt], max_tokens=len(got), sampling=Sampling(temperature=0)
     )
     expected = [int(step[0]) for step in steps]
-    got = runtime.greedy(prompt, count)
-    equal = next(
-        (i for i, pair in enumerate(zip(expected, got, strict=True)) if pair[0] != pair[1]), count
-    )
-    is_tie = False
-    if equal < count:
-        last_V = _Reference(config, params).logits([*prompt, *expected[:equal]])[-1]
-        is_tie = bool(last_V[expected[equal]] - last_V[got[equal]] <= 2 * near)
-    return {"greedy_equal": equal, "greedy_tokens": count, "greedy_is_tie": is_tie}
+    pairs = enumerate(zip(expected, got, strict=True))
+    equal = next((i for i, (ours, theirs) in pairs if ours != theirs), None)
+    if equal is None:
+        return len(got), False
+    last_V = _Reference(config, params).logits([*prompt, *expected[:equal]])[-1]
+    return equal, bool(last_V[expected[equal]] - last_V[got[equal]] <= 2 * near)
 
 
 def _window(config, tokenizer, bos, text, text_name, context) -> list[int]:
@@ -216,6 +222,10 @@ def _prompt_lengths(context: int) -> list[int]:
     powers = [2**i for i in range(1, int(math.log2(context)) + 1)]
     around = {length for power in powers for length in (power - 1, power, power + 1)}
     return sorted({n for n in around if n < context} | {context - 1})
+
+
+def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])
 
 
 def _lines(text: str) -> list[str]:
