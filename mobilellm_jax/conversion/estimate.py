@@ -85,7 +85,8 @@ def estimate_table(context_length: int | None) -> str:
     header = ("MB, file / memory", *(f"{format} {dtype}" for format, dtype in _COLUMNS))
     return (
         f"{table(header, rows)}\n\n"
-        f"Memory: weights as the runtime holds them, and keys and values of {context_length} tokens\n"
+        "Memory: weights as the runtime holds them, and keys and values of "
+        f"{context_length} tokens\n"
         "(fp16 in llama.cpp, fp32 elsewhere); working memory and the app come on top.\n"
         f"* is more than {megabytes(DRAM_BUDGET)}, the paper's budget: a tenth of 6 GB."
     )

@@ -1,0 +1,89 @@
+"""What a model takes on a phone is counted right: against real files, and the paper's budget."""
+
+import dataclasses
+import json
+
+import pytest
+from hf_folders import make_params, train_small_tokenizer
+
+from mobilellm_jax.cli import main
+from mobilellm_jax.conversion.estimate import DRAM_BUDGET, estimate, expansion
+from mobilellm_jax.conversion.formats import FORMATS
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.presets import PRESETS
+from mobilellm_jax.training.checkpoints import save_params
+
+# Wide enough that weights, not metadata, are what a file holds.
+CONFIG = ModelConfig(
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    embed_dim=256,
+    vocab_size=1024,
+    max_seq_len=16,
+    sharing="immediate",
+    num_repeats=2,
+)
+FILE_TOLERANCE = 0.02
+SLOW = {"pte", "litertlm"}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name in ("pte", "gguf", "litertlm")
+        for dtype in FORMATS[name].tolerances
+    ],
+)
+def test_files_are_as_large_as_counted(name, dtype, tmp_path, capsys):
+    for module in FORMATS[name].runtime_modules:
+        pytest.importorskip(module, reason=f"install mobilellm_jax[{FORMATS[name].extra}]")
+    tokenizer_model = train_small_tokenizer(tmp_path / "tokenizer.model")
+    save_params(tmp_path / "run", CONFIG, make_params(CONFIG), tokenizer_model)
+    arguments = ["--to", name, "--dtype", dtype, "--checkpoint", str(tmp_path / "run")]
+    output = tmp_path / "out"
+    assert main(["convert", *arguments, "--output", str(output), "--no-verify"]) == 0
+    size = json.loads((output / "report.json").read_text())["file_bytes"][FORMATS[name].file]
+    counted = estimate(CONFIG, name, dtype, CONFIG.max_seq_len).file
+    assert size == pytest.approx(counted, rel=FILE_TOLERANCE, abs=len(tokenizer_model) + 60_000)
+
+
+def test_the_paper_s_budget_decides_what_fits():
+    assert DRAM_BUDGET == 600e6
+    fits = {
+        (name, dtype): estimate(PRESETS[name], "gguf", dtype, 2048).fits
+        for name in ("125m", "350m", "1.5b")
+        for dtype in ("float16", "q4_0")
+    }
+    assert fits == {
+        ("125m", "float16"): True,
+        ("125m", "q4_0"): True,
+        ("350m", "float16"): False,
+        ("350m", "q4_0"): True,
+        ("1.5b", "float16"): False,
+        ("1.5b", "q4_0"): False,
+    }
+
+
+def test_memory_grows_with_the_context_by_the_cache():
+    short, long = (estimate(PRESETS["125m_ls"], "gguf", "q8_0", n) for n in (1, 1001))
+    assert long.memory - short.memory == 1000 * 46_080
+    assert long.file == short.file
+
+
+def test_a_shared_block_costs_once_or_per_visit():
+    once = dataclasses.replace(CONFIG, sharing="none", num_repeats=1)
+    assert estimate(CONFIG, "pte", "float32", 16).file == estimate(once, "pte", "float32", 16).file
+    blocks = 3 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 768 + 2 * 256) + 256
+    shared, single = (estimate(c, "gguf", "float16", 16).file for c in (CONFIG, once))
+    assert shared - single == 2 * blocks
+    total = 4 * (blocks + 1024 * 256)
+    assert f"{(total + 4 * blocks) / 1e6:,.1f} MB of {total / 1e6:,.1f} MB" in expansion(CONFIG)
+
+
+def test_the_table_has_every_preset(capsys):
+    assert main(["convert", "--estimate", "--context_length", "1024"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"| {name} " in text for name in PRESETS)
+    assert "1024 tokens" in text and "600.0 MB" in text
