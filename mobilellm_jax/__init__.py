@@ -13,10 +13,11 @@ _HOME = {
     "PRESETS": "mobilellm_jax.model.presets",
     "MobileLLM": "mobilellm_jax.model.transformer",
     "load": "mobilellm_jax.loading",
+    "load_torch": "mobilellm_jax.conversion.pytorch.loading",
     "save_hf": "mobilellm_jax.conversion.huggingface.folder",
     "UserError": "mobilellm_jax.errors",
 }
-__all__ = ["MobileLLM", "ModelConfig", "PRESETS", "UserError", "load", "save_hf"]
+__all__ = ["MobileLLM", "ModelConfig", "PRESETS", "UserError", "load", "load_torch", "save_hf"]
 
 
 def __getattr__(name: str):

@@ -20,7 +20,7 @@ VERBS = {
     "train": ("mobilellm_jax.training.command", "train a model, or go on with its training"),
     "evaluate": ("mobilellm_jax.evaluation.command", "measure loss, perplexity, bits per byte"),
     "generate": ("mobilellm_jax.inference.command", "continue prompts with a trained model"),
-    "convert": ("mobilellm_jax.conversion.command", "write a model for another runtime, or read one"),
+    "convert": ("mobilellm_jax.conversion.command", "write a model for another runtime, read one"),
 }
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)

@@ -68,6 +68,20 @@ def test_a_missing_head_means_tied_and_is_said(saved, caplog):
     assert "tied" in caplog.text
 
 
+def test_a_tied_model_of_which_only_the_head_was_saved_is_read(saved, caplog):
+    """MobileLLM's first safetensors: huggingface/transformers issue 34759."""
+
+    def edit(tensors):
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    edit_tensors(saved, edit)
+    edit_config(saved, tie_word_embeddings=False)
+    with caplog.at_level(logging.WARNING):
+        config, params = load_hf(saved)
+    assert config == TINY and "read from lm_head.weight" in caplog.text
+    chex.assert_trees_all_equal(params, make_params(TINY))
+
+
 def test_head_dim_and_kv_heads_have_the_defaults_of_llama(tmp_path):
     config = dataclasses.replace(TINY, num_kv_heads=4, head_dim=6)
     save_hf(tmp_path / "model", config, make_params(config))
@@ -222,10 +236,9 @@ def test_a_header_that_describes_a_tensor_twice_is_refused(saved):
         load_hf(saved)
 
 
-def test_pickles_are_not_opened(saved):
+def test_a_folder_without_weights_is_refused(saved):
     (saved / "model.safetensors").unlink()
-    (saved / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="pickle"):
+    with pytest.raises(UserError, match=r"neither model\.safetensors, pytorch_model\.bin"):
         load_hf(saved)
 
 

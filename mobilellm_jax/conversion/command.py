@@ -157,6 +157,8 @@ def _export(args: argparse.Namespace) -> None:
         report.write(folder)
     print(f"Wrote {args.output}: {megabytes(sum(report.file_bytes.values()))}.")
     _print_costs(model.config, target)
+    if "README.md" in report.file_bytes:
+        print(f"How to load it: {args.output}/README.md")
     if verification is None:
         print("Not verified (--no-verify).")
     else:

@@ -72,7 +72,7 @@ def _write_hf(form: str):
             form=form,
             tokenizer_model=model.tokenizer_model,
             dtype=dtype,
-            provenance=kept_metadata(model),
+            provenance={k: v for k, v in kept_metadata(model).items() if k != "chat_template"},
             chat_template=model.metadata.get("chat_template"),
         )
 

@@ -106,7 +106,7 @@ def verification_table(v: Verification) -> str:
             name,
             f"{x.logits:.1e}",
             f"{x.mean_kl:.1e}",
-            f"{x.argmax:.2%}{_ties(x) if v.tolerance.exact else ''}",
+            f"{x.argmax:.2%}{_ties(x, v)}",
         )
         for name, x in compared
     ]

@@ -90,6 +90,7 @@ def tokenizer_files(model_bytes: bytes, max_seq_len: int) -> dict[str, bytes]:
         "add_eos_token": False,
         **tokens,
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": max_seq_len,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }

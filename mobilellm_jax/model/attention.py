@@ -32,9 +32,13 @@ class CachedKeyValue(NamedTuple):
 def rope_tables(
     positions_BT: jax.Array, head_dim: int, theta: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines `[B, T, H]` in fp32, rotate-half layout (RoFormer, arXiv 2104.09864)."""
-    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angles = positions_BT.astype(jnp.float32)[..., None] * (theta**-exponents)[None, None, :]
+    """Cosines and sines `[B, T, H]` in fp32, rotate-half layout (RoFormer, arXiv 2104.09864).
+
+    The frequencies are those of transformers bit for bit: at large positions their last bit counts.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = np.float32(1) / np.power(theta, exponents.astype(np.float64)).astype(np.float32)
+    angles = positions_BT.astype(jnp.float32)[..., None] * frequencies[None, None, :]
     angles_BTH = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles_BTH), jnp.sin(angles_BTH)
 

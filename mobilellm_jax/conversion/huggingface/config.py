@@ -1,4 +1,8 @@
-"""config.json of a Llama model <-> `ModelConfig`; refuses what the other side cannot express."""
+"""config.json <-> `ModelConfig`; refuses what the other side cannot express.
+
+Two forms are written. Expanded: a plain Llama with a layer for each visit of a block. Compact: a
+model type of our own, each block once, with the code that runs it.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,7 +14,10 @@ from mobilellm_jax.conversion.folders import OWN_KEY
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 
-_MODEL_TYPES = ("llama", "mobilellm")
+FORMS = ("expanded", "compact")
+COMPACT_TYPE = "mobilellm_jax"  # of `MobileLLMConfig`, in the code of compact folders
+_CODE = "modeling_mobilellm"
+_MODEL_TYPES = ("llama", "mobilellm", COMPACT_TYPE)
 _ARCHITECTURES = ("LlamaForCausalLM", "MobileLLMForCausalLM")
 _NO = (None, False)
 _ONLY_VALUES = {  # key: the values under which the model is the one that we compute
@@ -27,6 +34,11 @@ _ONLY_VALUES = {  # key: the values under which the model is the one that we com
     "final_logit_softcapping": _NO,
     "is_encoder_decoder": _NO,
 }
+_COMPACT_REPEATS = (  # keys of a compact config.json that say again what its record says
+    *("head_dim", "hidden_size", "initializer_range", "intermediate_size", "vocab_size"),
+    *("max_position_embeddings", "num_attention_heads", "num_hidden_layers"),
+    *("num_key_value_heads", "tie_word_embeddings"),
+)
 _READ = {
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("intermediate_size", "head_dim", "vocab_size", "max_position_embeddings", "rope_theta"),
@@ -45,65 +57,93 @@ _WITHOUT_EFFECT = {
 
 
 def to_hf_config(
-    config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None
+    config: ModelConfig, form: str, dtype: str, bos_id: int | None, eos_id: int | None
 ) -> dict[str, Any]:
-    """config.json for a plain LlamaForCausalLM with one layer per visit of a block.
+    """config.json of the "expanded" or the "compact" form.
 
     Keys that transformers 4 and 5 name differently are given in both ways.
 
     Raises:
-      UserError: Llama arithmetic cannot express the model.
+      UserError: the form cannot express the model.
     """
+    make = {"expanded": _expanded, "compact": _compact}[form]
+    return {
+        "bos_token_id": bos_id,
+        "dtype": dtype,
+        "eos_token_id": eos_id,
+        "head_dim": config.head_dim,
+        "hidden_size": config.embed_dim,
+        "initializer_range": config.init_std,
+        "intermediate_size": config.ffn_dim,
+        "max_position_embeddings": config.max_seq_len,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "tie_word_embeddings": config.tie_embeddings,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+        **make(config),
+    }
+
+
+def _expanded(config: ModelConfig) -> dict[str, Any]:
+    """Makes it a LlamaForCausalLM with one layer per visit."""
+    mend = "; write the compact form ('hf_compact' on the command line), or train with "
     if config.ffn != "swiglu":
         raise UserError(
             f"model.ffn = {config.ffn!r} cannot be expressed by LlamaForCausalLM, whose FFN is "
-            "SwiGLU; keep the model in this project's own format, or train with model.ffn 'swiglu'"
+            f"SwiGLU{mend}model.ffn 'swiglu'"
         )
     if config.shared_kv != "own":
         raise UserError(
             f"model.shared_kv = {config.shared_kv!r} cannot be expressed by LlamaForCausalLM: "
-            "its layers attend to their own keys and values; keep the model in this project's own "
-            "format, or train (or fine-tune) with model.shared_kv 'own'"
+            f"its layers attend to their own keys and values{mend}model.shared_kv 'own'"
         )
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": bos_id,
-        "dtype": dtype,
-        "eos_token_id": eos_id,
-        "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "hidden_size": config.embed_dim,
-        "initializer_range": config.init_std,
-        "intermediate_size": config.ffn_dim,
-        "max_position_embeddings": config.max_seq_len,
         "mlp_bias": False,
         "model_type": "llama",
-        "num_attention_heads": config.num_heads,
         "num_hidden_layers": config.depth,
-        "num_key_value_heads": config.num_kv_heads,
         "pretraining_tp": 1,
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
         "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_embeddings,
-        "torch_dtype": dtype,
-        "use_cache": True,
-        "vocab_size": config.vocab_size,
         OWN_KEY: {"config": config.to_dict()},
     }
 
 
+def _compact(config: ModelConfig) -> dict[str, Any]:
+    """Makes it a model of the code that goes along; `num_hidden_layers` counts cache slots."""
+    return {
+        "architectures": ["MobileLLMForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{_CODE}.MobileLLMConfig",
+            "AutoModelForCausalLM": f"{_CODE}.MobileLLMForCausalLM",
+        },
+        "model_type": COMPACT_TYPE,
+        "num_hidden_layers": config.num_layers * config.num_cached_visits,
+        OWN_KEY: {"config": config.to_dict(), "visit_order": list(config.visit_order)},
+    }
+
+
 def from_hf_config(
-    values: Mapping[str, Any], source: str, *, has_head: bool, shared_kv: str | None
+    values: Mapping[str, Any],
+    source: str,
+    *,
+    num_layers: int,
+    has_both: bool,
+    shared_kv: str | None,
 ) -> tuple[ModelConfig, tuple[int, ...]]:
     """The model that a config.json describes.
 
     Args:
       values: the content of config.json.
       source: its path, for messages.
-      has_head: whether there is an `lm_head.weight`.
+      num_layers: layers that the weight files have.
+      has_both: whether they have both an input embedding and a head.
       shared_kv: the meaning of a layer-shared model; None takes what the file records, else "own".
 
     Returns:
@@ -114,34 +154,55 @@ def from_hf_config(
     """
     _check_kind(values, source)
     try:
-        plain = _plain_config(values, source, has_head)
-        if OWN_KEY in values:
-            return _own_config(values, source, plain, shared_kv)
-        if _flag(values, "layer_sharing", source):
-            if shared_kv is None:
-                logging.warning(
-                    "%s: layer_sharing does not say what a repeated block attends to; read as "
-                    "shared_kv 'own', the paper's meaning (the other one is 'first_visit')",
-                    source,
-                )
-            sharing = {"sharing": "immediate", "num_repeats": 2}
-            config = dataclasses.replace(plain, **sharing, shared_kv=shared_kv or "own")
+        if values["model_type"] == COMPACT_TYPE:
+            config = _compact_config(values, source, num_layers)
+            blocks = tuple(range(config.num_layers))
         else:
-            config = dataclasses.replace(plain, shared_kv=shared_kv or "own")
+            _check_num_layers(values.get("num_hidden_layers"), "num_hidden_layers", num_layers)
+            plain = _plain_config(values, source, has_both)
+            if OWN_KEY not in values:
+                return _foreign_config(values, source, plain, shared_kv)
+            config = _expanded_config(values, source, plain)
+            blocks = config.visit_order
+        if shared_kv not in (None, config.shared_kv):
+            raise UserError(
+                f"the model has shared_kv = {config.shared_kv!r}, not {shared_kv!r}; leave "
+                "shared_kv out"
+            )
     except UserError as error:
         message = str(error)
         raise UserError(message if source in message else f"{source}: {message}") from error
+    return config, blocks
+
+
+def _foreign_config(
+    values: Mapping[str, Any], source: str, plain: ModelConfig, shared_kv: str | None
+) -> tuple[ModelConfig, tuple[int, ...]]:
+    """The config of a folder that we did not write: Llama, or MobileLLM as published."""
+    sharing = {}
+    if _flag(values, "layer_sharing", source):
+        if shared_kv is None:
+            logging.warning(
+                "%s: layer_sharing does not say what a repeated block attends to; read as "
+                "shared_kv 'own', the paper's meaning (the other one is 'first_visit')",
+                source,
+            )
+        sharing = {"sharing": "immediate", "num_repeats": 2}
+    config = dataclasses.replace(plain, **sharing, shared_kv=shared_kv or "own")
     return config, tuple(range(config.num_layers))
 
 
-def _own_config(
-    values: Mapping[str, Any], source: str, plain: ModelConfig, shared_kv: str | None
-) -> tuple[ModelConfig, tuple[int, ...]]:
-    """The config that our own export recorded; the Llama keys must describe the same model."""
-    own = values[OWN_KEY]
+def _own_record(values: Mapping[str, Any], mend: str) -> tuple[ModelConfig, dict[str, Any]]:
+    """The config that our own export recorded, and the whole record."""
+    own = values.get(OWN_KEY)
     if not (isinstance(own, dict) and isinstance(own.get("config"), dict)):
-        raise UserError(f"{source}: the key {OWN_KEY!r} has no 'config'; remove the key")
-    config = ModelConfig.from_dict(own["config"])
+        raise UserError(f"the key {OWN_KEY!r} has no 'config'; {mend}")
+    return ModelConfig.from_dict(own["config"]), own
+
+
+def _expanded_config(values: Mapping[str, Any], source: str, plain: ModelConfig) -> ModelConfig:
+    """The recorded config; the Llama keys must describe the same model."""
+    config, _ = _own_record(values, "remove the key")
     if config.depth != plain.num_layers:
         raise UserError(
             f"{source}: num_hidden_layers = {plain.num_layers}, but {OWN_KEY}.config runs "
@@ -157,15 +218,33 @@ def _own_config(
                 f"{source}: {OWN_KEY}.config says {field.name} = {recorded!r}, the other keys say "
                 f"{found!r}; remove the key {OWN_KEY!r} to read it as a plain Llama"
             )
-    if shared_kv not in (None, config.shared_kv):
+    return config
+
+
+def _compact_config(values: Mapping[str, Any], source: str, num_layers: int) -> ModelConfig:
+    """The recorded config; the keys that repeat it must not contradict it."""
+    config, own = _own_record(values, "get the folder again")
+    _check_num_layers(config.num_layers, f"{OWN_KEY}.config.num_layers", num_layers)
+    expected = to_hf_config(config, "compact", "", None, None)
+    expected["visit_order"] = list(config.visit_order)
+    said = {key: values.get(key, expected[key]) for key in _COMPACT_REPEATS}
+    for key, found in (said | {"visit_order": own.get("visit_order")}).items():
+        if found != expected[key]:
+            raise UserError(
+                f"{key} = {found!r:.120}, but {OWN_KEY}.config makes it {expected[key]!r:.120}; "
+                "get the folder again"
+            )
+    return config
+
+
+def _check_num_layers(said: Any, key: str, num_layers: int) -> None:
+    if said != num_layers:
         raise UserError(
-            f"{source}: the model has shared_kv = {config.shared_kv!r}, not {shared_kv!r}; leave "
-            "shared_kv out"
+            f"{key} = {said!r:.80}, but the files have {num_layers} layers; get the folder again"
         )
-    return config, config.visit_order
 
 
-def _plain_config(values: Mapping[str, Any], source: str, has_head: bool) -> ModelConfig:
+def _plain_config(values: Mapping[str, Any], source: str, has_both: bool) -> ModelConfig:
     """The config from the Llama keys alone, without layer sharing; defaults as in transformers."""
     embed_dim = _positive(values, "hidden_size", source, int)
     num_heads = _positive(values, "num_attention_heads", source, int)
@@ -183,7 +262,7 @@ def _plain_config(values: Mapping[str, Any], source: str, has_head: bool) -> Mod
         head_dim=_positive(values, "head_dim", source, int, embed_dim // num_heads),
         vocab_size=_positive(values, "vocab_size", source, int),
         max_seq_len=_positive(values, "max_position_embeddings", source, int, 2048),
-        tie_embeddings=_is_tied(values, source, has_head),
+        tie_embeddings=_is_tied(values, source, has_both),
         rope_theta=_rope_theta(values, source),
         norm_eps=_positive(values, "rms_norm_eps", source, float, 1e-6),
         init_std=_positive(values, "initializer_range", source, float, 0.02),
@@ -221,7 +300,7 @@ def _check_kind(values: Mapping[str, Any], source: str) -> None:
         logging.warning("%s: ignores unknown keys %s", source, ", ".join(unknown)[:300])
 
 
-def _is_tied(values: Mapping[str, Any], source: str, has_head: bool) -> bool:
+def _is_tied(values: Mapping[str, Any], source: str, has_both: bool) -> bool:
     """Whether input and output embedding are one.
 
     The published MobileLLM configs say `tie_word_embeddings: false` and tie by `share_embedding`.
@@ -231,12 +310,13 @@ def _is_tied(values: Mapping[str, Any], source: str, has_head: bool) -> bool:
     if _flag(values, "share_embedding", source):
         logging.warning("%s: share_embedding ties the embeddings, as MobileLLM means it", source)
         return True
-    if not has_head:
+    if not has_both:
         logging.warning(
-            "%s: tie_word_embeddings is not true, but there is no lm_head.weight; read as tied",
+            "%s: tie_word_embeddings is not true, but the files do not have both an input "
+            "embedding and lm_head.weight; read as tied",
             source,
         )
-    return not has_head
+    return not has_both
 
 
 def _rope_theta(values: Mapping[str, Any], source: str) -> float:

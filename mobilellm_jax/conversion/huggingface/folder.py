@@ -1,10 +1,13 @@
-"""Hugging Face folders: save a model as a plain LlamaForCausalLM, load a Llama-shaped one.
+"""Hugging Face folders: save a model in one of two forms, load those and the folders of others.
 
-Needs neither torch nor transformers. Layer sharing is written expanded, one layer for each visit of
-a block, which every runtime loads; our own config is recorded beside it, so that `load_hf` folds
-the layers again.
+Needs neither torch nor transformers, but for weights that come as `.bin` only. In the expanded form
+there is one layer for each visit of a block, a plain LlamaForCausalLM that every runtime loads; in
+the compact form each block is stored once, and the code that runs it goes along. Our own config is
+recorded in both, so that `load_hf` gives back the same model.
 """
 
+import importlib.resources
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +27,9 @@ from mobilellm_jax.conversion.folders import (
 )
 from mobilellm_jax.conversion.huggingface import config as hf_config
 from mobilellm_jax.conversion.huggingface import names as hf_names
+from mobilellm_jax.conversion.huggingface.model_card import model_card
 from mobilellm_jax.conversion.huggingface.names import hf_arrays, hf_shapes
+from mobilellm_jax.conversion.huggingface.pickled_weights import PickledWeightFiles
 from mobilellm_jax.conversion.huggingface.safetensors_io import (
     DTYPES,
     WeightFiles,
@@ -34,46 +39,33 @@ from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 
-_WEIGHTS, _CONFIG, _TOKENIZER = "model.safetensors", "config.json", "tokenizer.model"
+_CONFIG, _TOKENIZER = "config.json", "tokenizer.model"
+_TOKENIZER_CONFIG, _CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+_CODE_FILES = ("model.py", "modeling_mobilellm.py")
 _BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq\Z")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def save_hf(
-    path: str | Path,
-    config: ModelConfig,
-    params: Mapping[str, Any],
-    *,
-    tokenizer_model: bytes | None = None,
-    dtype: str = "float32",
-    provenance: Mapping[str, Any] | None = None,
+    path: str | Path, config: ModelConfig, params: Mapping[str, Any], **options: Any
 ) -> None:
-    """Writes a folder that transformers loads as a LlamaForCausalLM, all of it or nothing.
+    """Writes a folder that transformers loads, all of it or nothing.
 
     Args:
       path: the folder; it may exist if it is empty or an earlier export, which is replaced.
       config: the model.
       params: its parameters, any float dtype, on any device.
-      tokenizer_model: the SentencePiece model to put with it.
-      dtype: of the weights in the file, "float32", "bfloat16" or "float16".
-      provenance: JSON values to keep in config.json.
+      **options: as for `write_hf`.
 
     Memory: one tensor more than `params`.
 
     Raises:
-      UserError: Llama arithmetic cannot express the model (ReLU, `first_visit`), a weight is not
-        finite or too large for `dtype`, the tokenizer does not fit, the folder holds something
-        else, the disk is full.
+      UserError: the form cannot express the model (ReLU and `first_visit` need "compact"), a weight
+        is not finite or too large for the dtype, the tokenizer does not fit, the folder holds
+        something else, the disk is full.
     """
     with new_export(path) as folder:
-        write_hf(
-            folder,
-            config,
-            params,
-            tokenizer_model=tokenizer_model,
-            dtype=dtype,
-            provenance=provenance,
-        )
+        write_hf(folder, config, params, **options)
 
 
 def write_hf(
@@ -81,72 +73,124 @@ def write_hf(
     config: ModelConfig,
     params: Mapping[str, Any],
     *,
+    form: str = "expanded",
     tokenizer_model: bytes | None = None,
     dtype: str = "float32",
     provenance: Mapping[str, Any] | None = None,
+    chat_template: str | None = None,
 ) -> None:
-    """`save_hf` into a folder that is there and empty."""
-    if dtype not in DTYPES:
-        raise UserError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
+    """`save_hf` into a folder that is there and empty.
+
+    Args:
+      form: "expanded" or "compact", see the module's description.
+      tokenizer_model: the SentencePiece model to put with it.
+      dtype: of the weights in the file, "float32", "bfloat16" or "float16".
+      provenance: JSON values to keep in config.json, such as "step" and "bos".
+      chat_template: Jinja text that makes a prompt of a dialogue.
+    """
+    for name, value, choices in (
+        ("form", form, hf_config.FORMS),
+        ("dtype", dtype, DTYPES),
+    ):
+        if value not in choices:
+            raise UserError(f"{name} = {value!r}: use one of {', '.join(choices)}")
+    provenance = dict(provenance or {})
     tokenizer = None
     if tokenizer_model is not None:
         tokenizer = checked_tokenizer(tokenizer_model, _TOKENIZER, config.vocab_size)
     ids = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
-    description = hf_config.to_hf_config(config, dtype, *ids)
+    description = hf_config.to_hf_config(config, form, dtype, *ids)
     if provenance:
-        description[OWN_KEY]["provenance"] = dict(provenance)
+        description[OWN_KEY]["provenance"] = provenance
     files = {
         _CONFIG: encode_json(description),
         "generation_config.json": encode_json({"bos_token_id": ids[0], "eos_token_id": ids[1]}),
+        **_tokenizer_files(tokenizer, config.max_seq_len, chat_template),
     }
-    if tokenizer is not None:
-        files[_TOKENIZER] = tokenizer.model_bytes
-        try:
-            files |= tokenizer_json.tokenizer_files(tokenizer.model_bytes, config.max_seq_len)
-        except UserError as error:
-            logging.warning("%s; the folder holds tokenizer.model only", error)
-    shapes = hf_shapes(config, config.visit_order)
-    arrays = hf_arrays(config, params, config.visit_order, dtype)
+    files["README.md"] = model_card(
+        config,
+        form,
+        dtype,
+        has_tokenizer=_TOKENIZER_CONFIG in files,
+        has_bos=ids[0] is not None,
+        provenance=provenance,
+    ).encode()
+    if form == "compact":
+        files |= remote_code()
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    write_safetensors(folder / _WEIGHTS, shapes, dtype, arrays)
+    blocks = config.visit_order if form == "expanded" else range(config.num_layers)
+    arrays = hf_arrays(config, params, blocks, dtype)
+    write_safetensors(folder / WeightFiles.SINGLE_FILE, hf_shapes(config, blocks), dtype, arrays)
+
+
+def remote_code() -> dict[str, bytes]:
+    """The code that goes into a compact folder, by file name."""
+    source = importlib.resources.files("mobilellm_jax.conversion.pytorch")
+    return {name: (source / name).read_bytes() for name in _CODE_FILES}
+
+
+def _tokenizer_files(
+    tokenizer: Tokenizer | None, max_seq_len: int, chat_template: str | None
+) -> dict[str, bytes]:
+    if tokenizer is None:
+        if chat_template is not None:
+            raise UserError("a chat template was given without a tokenizer; give both")
+        return {}
+    files = {_TOKENIZER: tokenizer.model_bytes}
+    try:
+        files |= tokenizer_json.tokenizer_files(tokenizer.model_bytes, max_seq_len)
+    except UserError as error:
+        logging.warning("%s; the folder holds tokenizer.model only", error)
+    if chat_template is not None:
+        files[_CHAT_TEMPLATE] = chat_template.encode()
+        if _TOKENIZER_CONFIG in files:  # where versions of transformers before 4.43 look
+            values = json.loads(files[_TOKENIZER_CONFIG])
+            files[_TOKENIZER_CONFIG] = encode_json(values | {"chat_template": chat_template})
+    return files
 
 
 def load_hf(
     path: str | Path, *, shared_kv: str | None = None
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """Reads a Llama or MobileLLM folder: config and fp32 numpy parameters.
+    """Reads a folder of either form, of Llama or of MobileLLM: config and fp32 numpy parameters.
 
     What is only understood with a remark (a head tied in an unusual way, unknown keys in
     config.json) is logged as a warning. Memory: one tensor more than the parameters.
 
     Args:
-      path: a folder with config.json and safetensors files.
+      path: a folder with config.json and weights: safetensors files or, where there are none,
+        `.bin` files, of which nothing is executed.
       shared_kv: what the repeated blocks of a layer-shared model attend to, where the folder does
         not record it ("own" if left out).
 
     Raises:
       UserError: the folder is incomplete, damaged or contradicts itself, or has a feature that
-        `ModelConfig` cannot express; the message names the file and the key or tensor.
+        `ModelConfig` cannot express; the message names the file and the key or tensor. Or `.bin`
+        files without torch to read them.
     """
     folder = _checked_folder(path)
     source = inside(folder, _CONFIG)
     values = read_json(source)
     verify_checksums(folder)
-    with WeightFiles(folder) as files:
-        num_layers = len({m[1] for name in files.shapes if (m := _LAYER.match(name))})
-        if (said := values.get("num_hidden_layers")) != num_layers:
-            raise UserError(
-                f"{source}: num_hidden_layers = {said!r:.80}, but the files have {num_layers} "
-                "layers; get the folder again"
-            )
-        has_head = hf_names.HEAD.hf_name in files.shapes
+    with _open_weights(folder) as files:
+        embedding, head = hf_names.EMBEDDING.hf_name, hf_names.HEAD.hf_name
         config, blocks = hf_config.from_hf_config(
-            values, str(source), has_head=has_head, shared_kv=shared_kv
+            values,
+            str(source),
+            num_layers=len({m[1] for name in files.shapes if (m := _LAYER.match(name))}),
+            has_both=embedding in files.shapes and head in files.shapes,
+            shared_kv=shared_kv,
         )
+        if config.tie_embeddings and embedding not in files.shapes and head in files.shapes:
+            # MobileLLM as published at first: huggingface/transformers issue 34759
+            logging.warning(
+                "%s: has no %s; read from %s, to which it is tied", folder, embedding, head
+            )
+            files.rename(head, embedding)
         _check_tensors(folder, files.shapes, config, blocks)
-        if config.tie_embeddings and has_head:
-            _check_same(files, hf_names.HEAD.hf_name, hf_names.EMBEDDING.hf_name)
+        if config.tie_embeddings and head in files.shapes:
+            _check_same(files, head, embedding)
         if (model_bytes := load_hf_tokenizer(folder)) is not None:
             checked_tokenizer(model_bytes, str(folder / _TOKENIZER), config.vocab_size)
         return config, _read_params(files, config, blocks)
@@ -158,11 +202,44 @@ def load_hf_tokenizer(path: str | Path) -> bytes | None:
     return Tokenizer.load(file).model_bytes if file.exists() else None
 
 
-def load_hf_provenance(path: str | Path) -> dict[str, Any]:
-    """What `save_hf` was told of the model's training; {} for folders of others."""
+def load_hf_chat_template(path: str | Path) -> str | None:
+    """The folder's Jinja text that makes a prompt of a dialogue; None if it has none."""
+    folder = _checked_folder(path)
+    if (file := inside(folder, _CHAT_TEMPLATE)).exists():
+        try:
+            return file.read_bytes().decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: cannot be read ({error})") from error
+    if not (file := inside(folder, _TOKENIZER_CONFIG)).exists():
+        return None
+    template = read_json(file).get("chat_template")
+    if template is not None and not isinstance(template, str):
+        logging.warning("%s: chat_template is no text but a list of several; not read", file)
+        return None
+    return template
+
+
+def load_hf_metadata(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint keeps of a model besides its weights.
+
+    That is the provenance `save_hf` was given, and the folder's "chat_template".
+    """
     own = read_json(inside(_checked_folder(path), _CONFIG)).get(OWN_KEY, {})
     provenance = own.get("provenance", {}) if isinstance(own, dict) else {}
-    return dict(provenance) if isinstance(provenance, dict) else {}
+    metadata = dict(provenance) if isinstance(provenance, dict) else {}
+    if (template := load_hf_chat_template(path)) is not None:
+        metadata["chat_template"] = template
+    return metadata
+
+
+def _open_weights(folder: Path) -> WeightFiles:
+    """The weight files of a folder; safetensors files are preferred."""
+    kinds = (WeightFiles, PickledWeightFiles)
+    for kind in kinds:
+        if kind.are_in(folder):
+            return kind(folder)
+    names = ", ".join(kind.SINGLE_FILE for kind in kinds)
+    raise UserError(f"{folder}: has no weights, neither {names} nor an index of several files")
 
 
 def _checked_folder(path: str | Path) -> Path:
@@ -200,7 +277,8 @@ def _check_tensors(
         raise UserError(f"{folder}: lacks {len(missing)} tensors, such as {missing[0]}")
     if unknown := sorted(found.keys() - expected.keys()):
         raise UserError(
-            f"{folder}: has {len(unknown)} tensors that a Llama has not, such as {unknown[0]:.120}"
+            f"{folder}: has {len(unknown)} tensors that the model has not, such as "
+            f"{unknown[0]:.120}"
         )
     for name, shape in expected.items():
         if found[name] != shape:

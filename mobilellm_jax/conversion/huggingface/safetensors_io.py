@@ -52,44 +52,62 @@ def write_safetensors(
 
 
 class WeightFiles(contextlib.AbstractContextManager):
-    """The tensors of the safetensors files of a folder; use it in a `with` statement.
+    """The tensors of the weight files of a folder, by lazy reading; use it in a `with` statement.
 
-    `shapes` has the shape of each tensor. Opening reads headers only.
+    This one reads safetensors files; a subclass reads another format.
+
+    Attributes:
+      shapes: of each tensor. Opening reads no more than that.
     """
+
+    SINGLE_FILE = "model.safetensors"
 
     def __init__(self, folder: Path):
         """Raises UserError for missing, damaged, ambiguous or unsupported files."""
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._files: dict[str, tuple[Path, Any]] = {}
+        self._files: dict[str, tuple[Path, Any, str]] = {}  # the last is the name in the file
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as on_error:
             on_error.callback(self._stack.close)
-            index = _find_files(folder)
-            for name in sorted(set(index.values())) if index else ["model.safetensors"]:
-                self._open(inside(folder, name))
-            _check_index(folder, index, {k: path.name for k, (path, _) in self._files.items()})
+            index = _find_files(folder, self.SINGLE_FILE)
+            for file in sorted(set(index.values())) if index else [self.SINGLE_FILE]:
+                path = inside(folder, file)
+                opened, shapes = self._open(path)
+                for name, shape in shapes.items():
+                    if name in self._files:
+                        raise UserError(f"{path}: tensor {name} is also in {self.path(name)}")
+                    self._files[name] = path, opened, name
+                    self.shapes[name] = shape
+            if index is not None:
+                _check_index(folder / index_name(self.SINGLE_FILE), index, self._files)
             on_error.pop_all()
 
     def __exit__(self, *_) -> None:
         self._stack.close()
 
+    @classmethod
+    def are_in(cls, folder: Path) -> bool:
+        """Whether the folder has files of this format."""
+        return any((folder / n).exists() for n in (cls.SINGLE_FILE, index_name(cls.SINGLE_FILE)))
+
     def path(self, name: str) -> Path:
         """The file that holds tensor `name`."""
         return self._files[name][0]
 
+    def rename(self, old: str, new: str) -> None:
+        """Gives a tensor another name."""
+        self.shapes[new], self._files[new] = self.shapes.pop(old), self._files.pop(old)
+
     def read(self, name: str) -> np.ndarray:
         """Tensor `name` as a new contiguous fp32 array; UserError if any value is not finite."""
-        path, file = self._files[name]
-        try:
-            array = file.get_tensor(name)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{path}: damaged, cannot read {name} ({error})") from error
-        array = np.ascontiguousarray(array, dtype=np.float32)
+        path, opened, stored_name = self._files[name]
+        array = np.ascontiguousarray(self._read(path, opened, stored_name), dtype=np.float32)
         if not np.isfinite(array).all():
-            raise UserError(f"{path}: tensor {name} contains NaN or infinity")
+            raise UserError(f"{path}: tensor {stored_name} contains NaN or infinity")
         return array
 
-    def _open(self, path: Path) -> None:
+    def _open(self, path: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
+        """What `_read` takes, and the shapes of the tensors in it."""
         _check_unique_names(path)
         try:
             file = self._stack.enter_context(safetensors.safe_open(path, framework="numpy"))
@@ -99,16 +117,24 @@ class WeightFiles(contextlib.AbstractContextManager):
             raise UserError(
                 f"{path}: not a whole safetensors file ({error}); get it again"
             ) from error
-        for name, (code, shape) in described.items():
+        for name, (code, _) in described.items():
             if code not in _CODES.values():
                 raise UserError(
                     f"{path}: tensor {name} has dtype {code}: only {', '.join(_CODES.values())} "
                     "are read; use weights that are not quantised"
                 )
-            if name in self._files:
-                raise UserError(f"{path}: tensor {name} is also in {self.path(name)}")
-            self._files[name] = path, file
-            self.shapes[name] = shape
+        return file, {name: shape for name, (_, shape) in described.items()}
+
+    def _read(self, path: Path, opened: Any, name: str) -> np.ndarray:
+        try:
+            return opened.get_tensor(name)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{path}: damaged, cannot read {name} ({error})") from error
+
+
+def index_name(single_file: str) -> str:
+    """The file that says where the tensors are when one file became several."""
+    return f"{single_file}.index.json"
 
 
 def _check_unique_names(path: Path) -> None:
@@ -128,39 +154,36 @@ def _check_unique_names(path: Path) -> None:
         raise UserError(f"{path}: damaged safetensors header ({str(error)[:200]})") from error
 
 
-def _find_files(folder: Path) -> dict[str, str] | None:
+def _find_files(folder: Path, single_file: str) -> dict[str, str] | None:
     """The index {tensor: file} of a sharded model; None where there is one file."""
-    single = (folder / "model.safetensors").exists()
-    index_path = inside(folder, "model.safetensors.index.json")
+    single = (folder / single_file).exists()
+    index_path = inside(folder, index_name(single_file))
     if not index_path.exists():
         if single:
             return None
-        if pickles := sorted(p.name for p in folder.glob("*.bin")):
-            raise UserError(
-                f"{folder}: has only {pickles[0]}, a pickle, which is not read because it can run "
-                "code; convert it to model.safetensors first"
-            )
-        raise UserError(f"{folder}: has neither model.safetensors nor {index_path.name}")
+        raise UserError(f"{folder}: has neither {single_file} nor {index_path.name}")
     index = read_json(index_path).get("weight_map")
     if not (isinstance(index, dict) and index):
         raise UserError(f"{index_path}: has no weight_map")
+    suffix = Path(single_file).suffix
     for name, file in index.items():
-        if not (isinstance(file, str) and file.endswith(".safetensors")):
-            raise UserError(f"{index_path}: {name:.120} is in {file!r:.120}, no safetensors file")
-    if single and "model.safetensors" not in index.values():
+        if not (isinstance(file, str) and file.endswith(suffix)):
+            raise UserError(f"{index_path}: {name:.120} is in {file!r:.120}, no {suffix} file")
+    if single and single_file not in index.values():
         raise UserError(
-            f"{folder}: has model.safetensors and {index_path.name}, which does not name it; "
+            f"{folder}: has {single_file} and {index_path.name}, which does not name it; "
             "remove the one that is out of date"
         )
     return index
 
 
-def _check_index(folder: Path, index: dict[str, str] | None, found: Mapping[str, str]) -> None:
-    if index is None:
-        return
+def _check_index(
+    index_path: Path, index: Mapping[str, str], files: Mapping[str, tuple[Path, Any, str]]
+) -> None:
+    found = {name: path.name for name, (path, *_) in files.items()}
     for name in sorted(index.keys() | found.keys()):
         if index.get(name) != found.get(name):
             raise UserError(
-                f"{folder}: model.safetensors.index.json puts tensor {name:.120} in "
-                f"{index.get(name)}, it is in {found.get(name)}"
+                f"{index_path}: puts tensor {name:.120} in {index.get(name)}, it is in "
+                f"{found.get(name)}"
             )

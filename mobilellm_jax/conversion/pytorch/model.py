@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class Architecture(Protocol):
@@ -36,15 +37,21 @@ class Architecture(Protocol):
 
 
 class CausalAttention:
-    """Attention over the tokens of one call, for training and scoring."""
+    """Attention over the tokens of one call, for training and scoring.
 
-    def __init__(self):
+    Keys and values are kept where `is_reread`, else they would only fill memory.
+    """
+
+    def __init__(self, is_reread: bool = True):
+        self._is_reread = is_reread
         self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, slot, q_BTNH, k_BTKH=None, v_BTKH=None):
-        if k_BTKH is not None:
+        if k_BTKH is None:
+            k_BTKH, v_BTKH = self._held[slot]
+        elif self._is_reread:
             self._held[slot] = k_BTKH, v_BTKH
-        return grouped_attention(q_BTNH, *self._held[slot], is_causal=True)
+        return grouped_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True)
 
 
 class KVCache:
@@ -98,7 +105,8 @@ class RMSNorm(nn.Module):
 def rotary_tables(positions_BT, head_dim: int, theta: float):
     """fp32 cosines and sines `[B, T, 1, H]`."""
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BT.device)
-    angles_BTH = positions_BT[..., None].float() * theta ** (-pairs / head_dim)
+    frequencies = 1.0 / theta ** (pairs / head_dim)
+    angles_BTH = positions_BT[..., None].float() * frequencies
     angles_BTH = torch.cat([angles_BTH, angles_BTH], dim=-1)[:, :, None, :]
     return angles_BTH.cos(), angles_BTH.sin()
 
@@ -167,7 +175,12 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens to normalised hidden states, without the head."""
+    """Tokens to normalised hidden states, without the head.
+
+    Attributes:
+      gradient_checkpointing: set it to keep only the input of each visit for the backward pass, and
+        to compute the rest again.
+    """
 
     def __init__(self, config: Architecture):
         super().__init__()
@@ -176,13 +189,21 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.embed_dim, config.norm_eps)
         self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
         self.visits = list(visits(config))
+        self.rereads = not all(has_own_kv for _, _, has_own_kv in self.visits)
+        self.gradient_checkpointing = False
 
     def forward(self, tokens_BT, attend, positions_BT):
         """Hidden states `[B, T, D]`; `positions_BT` counts from the first token of each row."""
         x_BTD = self.embed_tokens(tokens_BT)
         rope = rotary_tables(positions_BT, self.head_dim, self.rope_theta)
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for block, slot, has_own_kv in self.visits:
-            x_BTD = self.layers[block](x_BTD, rope, attend, slot, has_own_kv)
+            arguments = x_BTD, rope, attend, slot, has_own_kv
+            if recompute:
+                # The reentrant kind loses the gradient of keys and values that are read again.
+                x_BTD = checkpoint(self.layers[block], *arguments, use_reentrant=False)
+            else:
+                x_BTD = self.layers[block](*arguments)
         return self.norm(x_BTD)
 
 
@@ -215,5 +236,5 @@ class MobileLLM(nn.Module):
         """Logits `[B, T, V]`; with a cache, of tokens that follow those it holds."""
         start = cache.length if cache is not None else 0
         positions_T = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)
-        attend = cache if cache is not None else CausalAttention()
+        attend = cache if cache is not None else CausalAttention(self.model.rereads)
         return self.lm_head(self.model(tokens_BT, attend, positions_T.expand_as(tokens_BT)))

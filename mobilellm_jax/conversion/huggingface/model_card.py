@@ -1,0 +1,123 @@
+"""README.md of a Hugging Face folder: what a person needs to know to use the model right."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mobilellm_jax.model.config import ModelConfig, count_params, kv_cache_bytes_per_token
+
+_FRONT_MATTER = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- mobilellm
+- on-device
+- jax
+---
+"""
+_ORDERS = {
+    "immediate": "each block {R} times in a row",
+    "repeat_all": "all blocks in order, {R} times over",
+    "reverse": "all blocks {R} times over, every second time in reverse order",
+}
+
+
+def model_card(
+    config: ModelConfig,
+    form: str,
+    dtype: str,
+    *,
+    has_tokenizer: bool,
+    has_bos: bool,
+    provenance: Mapping[str, Any],
+) -> str:
+    """The text of README.md.
+
+    Args:
+      form: "expanded" or "compact".
+      has_tokenizer: whether the folder has a tokenizer that transformers loads.
+      has_bos: whether the tokenizer puts BOS in front of a text.
+      provenance: what is known of the training: "step", "bos".
+    """
+    parts = [
+        _FRONT_MATTER,
+        "# A small language model\n",
+        _table(config, form, dtype, provenance),
+        _beginning(provenance.get("bos"), has_bos),
+        _usage(form, has_tokenizer),
+        "Written by [mobilellm_jax](https://arxiv.org/abs/2402.14905), small on-device language "
+        "models in JAX.\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _table(config: ModelConfig, form: str, dtype: str, provenance: Mapping[str, Any]) -> str:
+    c = config
+    heads = f"{c.num_heads} query heads, {c.num_kv_heads} key/value heads of {c.head_dim}"
+    rows = {
+        "architecture": "MobileLLM, a decoder of the Llama kind ([arXiv 2402.14905]"
+        "(https://arxiv.org/abs/2402.14905))",
+        "parameters": f"{count_params(c):,}, {dtype}",
+        "blocks": f"{c.num_layers} stored, {c.depth} run; width {c.embed_dim}, {heads}",
+        "layer sharing": _sharing(c, form),
+        "context": f"{c.max_seq_len} tokens",
+        "vocabulary": f"{c.vocab_size} tokens, {'tied' if c.tie_embeddings else 'separate'} head",
+        "cache": f"{kv_cache_bytes_per_token(c):,} bytes per token in 16 bits",
+    }
+    if "step" in provenance:
+        rows["trained for"] = f"{provenance['step']} steps"
+    return "| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items())
+
+
+def _sharing(config: ModelConfig, form: str) -> str:
+    if config.sharing == "none":
+        return "none"
+    order = _ORDERS[config.sharing].format(R=config.num_repeats)
+    keys = {
+        "own": "each visit has its own keys and values",
+        "first_visit": "later visits attend to the keys and values of the first",
+    }[config.shared_kv]
+    stored = {
+        "expanded": "stored once per visit, as Llama needs it",
+        "compact": "stored once",
+    }[form]
+    return f"{order}; {keys}; {stored}"
+
+
+def _beginning(trained_with_bos: bool | None, has_bos: bool) -> str:
+    if not has_bos:
+        return ""
+    trained = {
+        True: "In training, documents began with BOS. ",
+        False: "In training, documents did not begin with BOS; encode with "
+        "`add_special_tokens=False`. ",
+        None: "",
+    }[trained_with_bos]
+    if trained_with_bos is False:
+        return f"**BOS.** {trained}\n"
+    return (
+        f"**BOS.** {trained}The tokenizer of this folder adds it; apps that tokenize by themselves "
+        "must do so too (in ExecuTorch's runner: `num_bos=1`).\n"
+    )
+
+
+def _usage(form: str, has_tokenizer: bool) -> str:
+    trust = ", trust_remote_code=True" if form == "compact" else ""
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines.append(f'model = AutoModelForCausalLM.from_pretrained("."{trust})')
+    if has_tokenizer:
+        lines += [
+            f'tokenizer = AutoTokenizer.from_pretrained("."{trust})',
+            'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+            "output = model.generate(**inputs, max_new_tokens=50)",
+            "print(tokenizer.decode(output[0]))",
+        ]
+    else:
+        lines[0] = "from transformers import AutoModelForCausalLM"
+    code = "\n".join(["```python", *lines, "```"])
+    if form == "expanded":
+        return code + "\n"
+    return (
+        f"{code}\n\nThe code that this runs is in `modeling_mobilellm.py` and `model.py`; "
+        "`model.py` needs nothing but torch.\n"
+    )
