@@ -137,7 +137,7 @@ def _export(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         target.write(folder, model, dtype, context_length)
         written = time.perf_counter()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = _peak_memory()
         verification = None
         if not args.no_verify:
             verification = _verify(args.to, folder, model, dtype, context_length, text, text_name)
@@ -198,6 +198,12 @@ def _verify(name: str, folder: Path, model, dtype: str, context_length: int, tex
 
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+
+
+def _peak_memory() -> int:
+    """Bytes, of this process or the largest that it started (LiteRT's converter runs in one)."""
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return 1024 * max(resource.getrusage(who).ru_maxrss for who in whose)
 
 
 def _read_text(path: str | None) -> tuple[str, str]:

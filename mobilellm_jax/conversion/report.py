@@ -28,7 +28,8 @@ class Report:
       file_bytes: of each file written.
       write_seconds: reading the model not counted.
       verify_seconds: 0 without verification.
-      peak_bytes: resident memory of the process up to the end of writing, model included.
+      peak_bytes: resident memory up to the end of writing, model included, of this process or of
+        the largest that it started.
       verification: None if it was switched off.
     """
 
