@@ -1,8 +1,12 @@
 """All tests see eight CPU devices and strict array shapes."""
 
+import os
+
 import jax
 import pytest
 
+# Torch's threads shall not spin while XLA's or another process's work; before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Protocol
@@ -40,6 +41,9 @@ class Runtime(Protocol):
 
 def import_extra(name: str, extra: str) -> ModuleType:
     """Module `name`; UserError with the command that installs it if it is not there."""
+    # torch's threads wait for each other at every operation. By default they spin, and where the
+    # cores are busy with anything else, decoding takes thirty times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for logger in _NOISY_LOGGERS:
         logging.getLogger(logger).setLevel(logging.ERROR)
     try:
