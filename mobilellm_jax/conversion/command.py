@@ -5,10 +5,13 @@ the JAX model before it gets its name.
 """
 
 import argparse
+import contextlib
 import pydoc_data.topics
 import resource
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -133,9 +136,9 @@ def _export(args: argparse.Namespace) -> None:
         checked_tokenizer(model.tokenizer_model, name, model.config.vocab_size)
     context_length = _context_length(args.context_length, model.config)
     with new_export(args.output) as folder:
-        print(f"writing {target.title} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
-        target.write(folder, model, dtype, context_length)
+        with _clock(f"writing {target.title}"):
+            target.write(folder, model, dtype, context_length)
         written = time.perf_counter()
         peak = _peak_memory()
         verification = None
@@ -198,6 +201,25 @@ def _verify(name: str, folder: Path, model, dtype: str, context_length: int, tex
 
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+
+
+@contextlib.contextmanager
+def _clock(what: str) -> Iterator[None]:
+    """Shows how long something takes that cannot say how far it is."""
+    done = threading.Event()
+
+    def tick(bar: tqdm) -> None:
+        while not done.wait(1.0):
+            bar.refresh()
+
+    with tqdm(bar_format="{desc} ... {elapsed}", desc=what) as bar:
+        ticking = threading.Thread(target=tick, args=(bar,), daemon=True)
+        if sys.stderr.isatty():
+            ticking.start()
+        try:
+            yield
+        finally:
+            done.set()
 
 
 def _peak_memory() -> int:
