@@ -1,12 +1,16 @@
 """All tests see eight CPU devices and strict array shapes."""
 
 import os
+import tempfile
 
 import jax
 import pytest
 
 # Torch's threads shall not spin while XLA's or another process's work; before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# transformers copies the code of compact folders to a place of its own: here, not the user's.
+_HF_MODULES = tempfile.TemporaryDirectory(prefix="hf_modules_")
+os.environ["HF_MODULES_CACHE"] = _HF_MODULES.name
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -31,16 +31,6 @@ OWN, FIRST_VISIT = "reverse-x2-own", "repeat_all-x2-first_visit"
 BOTH_MEANINGS = pytest.mark.parametrize("kind", [OWN, FIRST_VISIT])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def module_cache(tmp_path_factory):
-    """transformers copies the code of folders to a place of its own: here, not the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
-        patch.syspath_prepend(cache)
-        yield
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """`folders(kind)` is the compact folder of a kind."""
