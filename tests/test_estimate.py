@@ -25,6 +25,7 @@ CONFIG = ModelConfig(
     num_repeats=2,
 )
 FILE_TOLERANCE = 0.02
+GRAPH_BYTES = 120_000  # LiteRT's description of a visit, with the scales of int8; not counted
 SLOW = {"pte", "litertlm"}
 
 
@@ -46,7 +47,10 @@ def test_files_are_as_large_as_counted(name, dtype, tmp_path, capsys):
     assert main(["convert", *arguments, "--output", str(output), "--no-verify"]) == 0
     size = json.loads((output / "report.json").read_text())["file_bytes"][FORMATS[name].file]
     counted = estimate(CONFIG, name, dtype, CONFIG.max_seq_len).file
-    assert size == pytest.approx(counted, rel=FILE_TOLERANCE, abs=len(tokenizer_model) + 60_000)
+    uncounted = len(tokenizer_model) + (
+        GRAPH_BYTES * CONFIG.depth if name == "litertlm" else 60_000
+    )
+    assert counted * (1 - FILE_TOLERANCE) < size < counted * (1 + FILE_TOLERANCE) + uncounted
 
 
 def test_the_paper_s_budget_decides_what_fits():

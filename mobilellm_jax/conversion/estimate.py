@@ -41,17 +41,18 @@ class Cost:
 def estimate(config: ModelConfig, format: str, dtype: str, context_length: int) -> Cost:
     """The cost in one of the phone formats of `mobilellm_jax.conversion.formats`.
 
-    pte: the file has the embedding twice, for the lookup and for the head. XNNPACK packs the
-    matrices of every visit of a block into memory of its own; the lookup stays in the file.
+    pte: the file has the embedding twice, for the lookup and for the head. XNNPACK packs all
+    matrices into memory of its own, a shared block once with the weight cache of the phone
+    libraries (benchmarks/phone_latency.py); the lookup stays in the file.
     gguf: a shared block is stored once per visit, the tied embedding once, the file is mapped.
-    litertlm: everything is stored once.
+    litertlm: everything is stored once; its graph, 0.1 MB for each visit of a block, not counted.
     """
     blocks, embedding = _block_weights(config), config.vocab_size * config.embed_dim
     head = 0 if config.tie_embeddings else embedding
     cache = kv_cache_bytes_per_token(config, 2 if format == "gguf" else 4) * context_length
     if format == "pte":
         file = 4 * (blocks + 2 * embedding)
-        return Cost(file, 4 * (blocks * config.num_repeats + embedding) + cache)
+        return Cost(file, 4 * (blocks + embedding) + cache)
     if format == "gguf":
         size = _GGUF[dtype]
         outer = _GGUF["q8_0"] if dtype == "q4_0" else size
