@@ -13,11 +13,11 @@ ratios to 125m can be compared:
   execute   one decoding step after a prompt of 64 tokens; and reading that prompt at once
   memory    most that the process held, less what it held before
 
-Each is measured without XNNPACK's weight cache (the default of the Python package) and with it (the
-default of the Android and Apple libraries): without it a shared block is packed once per visit. A
-process per model and setting, in turns, several rounds; medians. Writing the programs takes 10
-minutes and 5 GB of memory the first time; with --workdir they are found again. Nothing else may run
-on the machine. Needs Linux and the extra `executorch`.
+Each is measured without XNNPACK's weight cache, the default of the Python package, and with it, the
+default of the Android and Apple libraries: without it a shared block is packed once per visit. A
+process per model and setting, in turns, several rounds; medians. Writing the programs takes a
+quarter of an hour and 6 GB of memory the first time; with --workdir they are found again. Nothing
+else may run on the machine. Needs Linux and the extra `executorch`.
 """
 
 import argparse

@@ -73,7 +73,7 @@ class TransformersRuntime:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(
                 self._folder, **self._options
             )
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def _run(self, tokens: Sequence[int], **options):
         with self._torch.no_grad():
