@@ -35,11 +35,12 @@ CONTEXT = 160
 NUM_PIECES = 600
 FIRST_WORD = 259  # the ids before are <unk>, BOS, EOS and bytes, which may be half a character
 BOS, EOS = 1, 2
+EOS_IDS = [EOS, 300]  # the second is a word that the models say now and then
 
 
 def small(sharing="none", num_repeats=1, shared_kv="own", **changes):
     """A model for the small tokenizer."""
-    sizes = {"num_layers": 2, "vocab_size": NUM_PIECES, "max_seq_len": CONTEXT}
+    sizes = {"num_layers": 2, "vocab_size": NUM_PIECES, "max_seq_len": CONTEXT, "init_std": 0.3}
     return tiny(sharing, num_repeats, shared_kv, **sizes | changes)
 
 
@@ -58,13 +59,13 @@ FAST = "immediate"
 @functools.cache
 def params_of(kind: str) -> dict:
     """Weights whose greedy text is lively and has no parts of characters."""
-    params = random_params(KINDS[kind])
-    embedding = 0.3 * params["embedding"]
-    ids = np.arange(NUM_PIECES)[:, None]
-    unspeakable = (ids < FIRST_WORD) & (ids != EOS)
+    params = dict(random_params(KINDS[kind]))
+    speakable_V = np.arange(NUM_PIECES) >= FIRST_WORD
     if "head" in params:
-        return params | {"embedding": embedding, "head": np.where(unspeakable.T, 0, params["head"])}
-    return params | {"embedding": np.where(unspeakable, 0, embedding)}
+        params |= {"embedding": params["embedding"] / 6, "head": params["head"] * speakable_V / 6}
+    else:
+        params |= {"embedding": params["embedding"] * speakable_V[:, None] / 6}
+    return params
 
 
 @functools.cache
@@ -98,7 +99,7 @@ def export_of(tmp_path_factory):
         model_bytes = train_small_tokenizer(folder / "tokenizer.model")
         for name, content in tokenizer_files(model_bytes, CONTEXT).items():
             (folder / name).write_bytes(content)
-        write_pte(program, config, params, context_length=CONTEXT, bos_id=BOS, eos_ids=[EOS])
+        write_pte(program, config, params, context_length=CONTEXT, bos_id=BOS, eos_ids=EOS_IDS)
         runtime = ExecuTorchRuntime(program, folder / "tokenizer.json")
         return Exported(kind, folder, Tokenizer(model_bytes), runtime)
 
@@ -143,7 +144,7 @@ def test_greedy_tokens_are_those_of_jax_in_the_program_and_in_the_runner(exporte
     chosen = exported.runtime.greedy(prompt, GREEDY_TOKENS)
     of_jax = jax_logits(exported.kind, (*prompt, *chosen))[len(prompt) - 1 : -1].argmax(-1)
     assert chosen == of_jax.tolist()
-    assert len(set(chosen)) > 1
+    assert len(set(chosen)) >= 5
     assert exported.runtime.runner_greedy(prompt, GREEDY_TOKENS) == chosen
 
 
@@ -153,7 +154,7 @@ def test_the_metadata_is_what_the_runner_reads(exported):
         "get_max_context_len": CONTEXT,
         "get_vocab_size": NUM_PIECES,
         "get_bos_id": BOS,
-        "get_eos_ids": [EOS],
+        "get_eos_ids": EOS_IDS,
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": True,
@@ -199,12 +200,12 @@ def test_the_runner_gives_the_text_that_sentencepiece_decodes_with_or_without_bo
     assert len(texts) == 2  # BOS is the app's business, and it matters
 
 
-def test_the_runner_stops_at_an_eos_of_the_metadata(fast):
+def test_the_runner_stops_at_any_eos_of_the_metadata(fast):
     prompts = [[token] for token in range(FIRST_WORD, NUM_PIECES)]
-    continued = ((prompt, fast.runtime.greedy(prompt, 60)) for prompt in prompts)
-    prompt, chosen = next(pair for pair in continued if EOS in pair[1][:-1])
-    stopped = fast.runtime.runner_greedy(prompt, 60)
-    assert stopped == chosen[: chosen.index(EOS) + 1]
+    continued = ((prompt, fast.runtime.greedy(prompt, 40)) for prompt in prompts)
+    prompt, chosen = next(pair for pair in continued if EOS_IDS[1] in pair[1][:-1])
+    stopped = fast.runtime.runner_greedy(prompt, 40)
+    assert stopped == chosen[: chosen.index(EOS_IDS[1]) + 1]
 
 
 def test_the_runner_goes_on_in_the_same_context_until_it_is_reset(fast):
