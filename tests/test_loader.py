@@ -151,9 +151,10 @@ def test_batches_have_the_promised_shapes_and_types(dataset):
 @pytest.mark.parametrize("process_count", [1, 2, 4])
 def test_the_global_batch_is_the_same_on_any_number_of_hosts(dataset, process_count):
     whole = list(_train(dataset, num_steps=5))
+    share = 8 // process_count
     parts = [
-        _train(dataset, num_steps=5, process_index=index, process_count=process_count)
-        for index in range(process_count)
+        _train(dataset, num_steps=5, rows=range(first, first + share))
+        for first in range(0, 8, share)
     ]
     for expected, *rows in zip(whole, *parts, strict=True):
         together = {name: np.concatenate([row[name] for row in rows]) for name in expected}
@@ -211,8 +212,8 @@ def test_evaluation_reads_every_record_once_in_order_and_pads_the_last_batch(dat
 def test_evaluation_on_two_hosts_sees_the_same_records(dataset):
     whole = list(eval_batches(dataset, "valid", batch_size=8))
     parts = [
-        list(eval_batches(dataset, "valid", batch_size=8, process_index=i, process_count=2))
-        for i in range(2)
+        list(eval_batches(dataset, "valid", batch_size=8, rows=rows))
+        for rows in (range(4), range(4, 8))
     ]
     assert len(whole) == len(parts[0]) == len(parts[1]) == 2
     for expected, *rows in zip(whole, *parts, strict=True):
@@ -227,8 +228,6 @@ def test_evaluation_on_two_hosts_sees_the_same_records(dataset):
     ("settings", "message"),
     [
         ({"sequence_length": 8}, "d: sequence_length 16, but the run's is 8"),
-        ({"global_batch_size": 9, "process_count": 2}, "9 does not divide into 2"),
-        ({"global_batch_size": 0}, "0 does not divide"),
     ],
 )
 def test_settings_that_do_not_go_with_the_dataset_are_explained(dataset, settings, message):

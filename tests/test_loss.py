@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from model_cases import tiny
 
 from mobilellm_jax.training import sharding
 from mobilellm_jax.training.loss import cross_entropy_sum, num_slices
@@ -97,8 +98,8 @@ def test_number_of_slices_divides_and_fits():
 def test_slices_of_a_sharded_batch_do_not_each_reduce_the_head_gradient(devices):
     """The all-reduce over the batch's parts is outside of the loop over the slices."""
     settings = default_config().mesh
-    settings.data = 8
-    mesh = sharding.make_mesh(settings)
+    settings.data, settings.fsdp = 8, 1
+    mesh = sharding.make_mesh(settings, tiny())
     rows = jax.NamedSharding(mesh, P("data"))
     with sharding.on_mesh(mesh):
         step = jax.jit(

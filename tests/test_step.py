@@ -1,18 +1,13 @@
 """The training step: accumulation, token weights, precision, sharding."""
 
-import dataclasses
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
-from model_cases import ALL_KINDS, random_params, tiny
+from model_cases import random_params, tiny
 
-from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.transformer import Execution, MobileLLM
-from mobilellm_jax.training import sharding
 from mobilellm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from mobilellm_jax.training.run_config import default_config
 from mobilellm_jax.training.step import (
@@ -157,91 +152,3 @@ def test_all_finite_sees_a_single_bad_weight():
     assert all_finite(params)
     params["blocks"]["ffn"]["up"][1, 2, 3] = np.inf
     assert not all_finite(params)
-
-
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2), (1, 4, 2)]
-
-
-def run_sharded(config, mesh_shape, steps=3, **options):
-    settings = default_config().mesh
-    settings.data, settings.fsdp, settings.tensor = mesh_shape
-    mesh = sharding.make_mesh(settings)
-    optimizer, schedule = optimizer_and_schedule()
-    shardings = TrainState(
-        sharding.replicated(mesh),
-        sharding.params_shardings(config, mesh),
-        sharding.opt_state_shardings(optimizer, config, mesh),
-    )
-    step = make_train_step(config, Execution(), optimizer, schedule, **options)
-    with sharding.on_mesh(mesh):
-        step = jax.jit(
-            step,
-            in_shardings=(shardings, sharding.batch_sharding(mesh)),
-            out_shardings=(shardings, sharding.replicated(mesh)),
-            donate_argnums=0,
-        )
-        state, losses = jax.device_put(make_state(config), shardings), []
-        for _ in range(steps):
-            state, metrics = step(state, jax.device_put(make_batch(config)))
-            losses.append(metrics["loss"])
-    return state, np.array(losses)
-
-
-@pytest.mark.parametrize("mesh_shape", MESHES)
-def test_every_mesh_trains_like_one_device(mesh_shape, devices):
-    state, losses, _ = run_steps()
-    sharded, sharded_losses = run_sharded(CONFIG, mesh_shape)
-    np.testing.assert_allclose(sharded_losses, losses, atol=ATOL)
-    chex.assert_trees_all_close(jax.device_get(sharded.params), state.params, atol=2e-4)
-    data, fsdp, tensor = mesh_shape
-    up = sharded.params["blocks"]["ffn"]["up"]
-    assert up.sharding.spec == P(None, "fsdp", "tensor")
-    assert up.addressable_shards[0].data.size == up.size // (fsdp * tensor)
-    moments = jax.tree.leaves(sharded.opt_state[1][0].mu)
-    assert [m.sharding for m in moments] == [p.sharding for p in jax.tree.leaves(sharded.params)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ALL_KINDS)
-def test_every_sharing_order_trains_sharded(name, devices):
-    config = dataclasses.replace(ALL_KINDS[name], vocab_size=56)
-    shape = (4, 2, 1) if config.num_kv_heads == 1 else (2, 2, 2)
-    state, losses, _ = run_steps(config, accumulation_steps=2)
-    sharded, sharded_losses = run_sharded(config, shape, accumulation_steps=2)
-    np.testing.assert_allclose(sharded_losses, losses, atol=ATOL)
-
-
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        ((3, 1, 1), "data=3, fsdp=1, tensor=1.* does not multiply to the 8 devices"),
-        ((-1, 3, 1), "does not multiply to the 8 devices"),
-        ((-1, -1, 1), "does not multiply to the 8 devices"),
-        ((-1, 0, 1), "fsdp = 0: use 1 or more, or -1"),
-        ((-2, 1, 1), "data = -2: use 1 or more, or -1"),
-    ],
-)
-def test_meshes_that_do_not_fit_the_devices_are_refused(shape, message, devices):
-    settings = default_config().mesh
-    settings.data, settings.fsdp, settings.tensor = shape
-    with pytest.raises(UserError, match=message):
-        sharding.make_mesh(settings)
-
-
-def test_axes_that_do_not_divide_are_refused(devices):
-    settings = default_config().mesh
-    settings.data, settings.tensor = 1, 8
-    mesh = sharding.make_mesh(settings)
-    with pytest.raises(UserError, match="tensor = 8 does not divide"):
-        sharding.params_shardings(CONFIG, mesh)
-
-
-def test_every_logical_axis_has_a_rule():
-    names = {
-        name
-        for spec in jax.tree.leaves(
-            sharding.logical_axes(CONFIG), is_leaf=lambda x: isinstance(x, P)
-        )
-        for name in spec
-    }
-    assert names <= {name for name, _ in sharding.RULES}

@@ -161,16 +161,14 @@ def train_batches(
     sequence_length: int,
     start_step: int = 0,
     num_steps: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     num_threads: int = 4,
     prefetch: int = 8,
 ) -> Iterator[Batch]:
     """Batches of steps start_step, ..., num_steps - 1 (None: without end) of a training run.
 
-    The global batch of step s has the records at positions [s * B, (s + 1) * B) of the order; this
-    process gets the contiguous rows [p * B / P, (p + 1) * B / P) of it. A batch depends on nothing
-    but (datasets, seed, global_batch_size, step).
+    The global batch of step s has the records at positions [s * B, (s + 1) * B) of the order. It
+    depends on nothing but (datasets, seed, global_batch_size, step).
 
     Args:
       datasets: (folder, weight) pairs; the weights are relative shares of the records.
@@ -190,19 +188,13 @@ def train_batches(
     """
     sources = [open_split(directory, "train") for directory, _ in datasets]
     check_mixture(sources, [weight for _, weight in datasets], sequence_length)
-    if global_batch_size < 1 or global_batch_size % process_count:
-        raise UserError(
-            f"global batch size {global_batch_size} does not divide into {process_count} equal "
-            "parts, one per process; change one of them"
-        )
     order = RecordOrder(
         tuple(map(len, sources)), tuple(float(weight) for _, weight in datasets), seed
     )
-    rows = global_batch_size // process_count
+    rows = range(global_batch_size) if rows is None else rows
 
     def batch_of(step: int) -> Batch:
-        start = step * global_batch_size + process_index * rows
-        places = [order(position) for position in range(start, start + rows)]
+        places = [order(step * global_batch_size + int(row)) for row in rows]
         return _stack([sources[dataset][index] for dataset, index in places])
 
     stop = sys.maxsize if num_steps is None else num_steps
@@ -215,32 +207,24 @@ def eval_batches(
     *,
     batch_size: int,
     max_records: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     num_threads: int = 2,
     prefetch: int = 4,
 ) -> Iterator[Batch]:
     """Every record of a split once, in the order of the text; batches as in ``train_batches``.
 
-    All batches have [batch_size / process_count, T] rows and their number is the same in every
-    process; rows that the last one lacks are padding (loss_weights 0). ``max_records`` limits the
-    evaluation to the first records.
+    The number of batches is the same in every process; rows that the last one lacks are padding
+    (loss_weights 0). ``max_records`` limits the evaluation to the first records.
     """
     source = open_split(directory, split)
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"evaluation batch size {batch_size} does not divide into {process_count} equal parts, "
-            "one per process; change one of them"
-        )
     num_records = len(source) if max_records is None else min(max_records, len(source))
-    rows, sequence_length = batch_size // process_count, source.header.sequence_length
+    rows = range(batch_size) if rows is None else rows
+    no_tokens = np.zeros(source.header.sequence_length + 1, np.int32)
+    padding = _row(Record(no_tokens, 0, np.zeros(0, np.int32)))
 
     def batch_of(number: int) -> Batch:
-        start = number * batch_size + process_index * rows
-        stop = min(start + rows, num_records)
-        padding = _row(Record(np.zeros(sequence_length + 1, np.int32), 0, np.zeros(0, np.int32)))
-        found = [source[index] for index in range(start, stop)]
-        return _stack(found + [padding] * (rows - len(found)))
+        indices = [number * batch_size + int(row) for row in rows]
+        return _stack([source[i] if i < num_records else padding for i in indices])
 
     numbers = range(math.ceil(num_records / batch_size))
     return _prefetched(numbers, batch_of, num_threads, prefetch)

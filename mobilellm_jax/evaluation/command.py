@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Prints the figures."""
+    import jax
+
     from mobilellm_jax.evaluation import perplexity
     from mobilellm_jax.loading import load_text_model
     from mobilellm_jax.model.transformer import Execution
@@ -53,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag} {value}: use 1 or more")
     split = args.split or "valid"
     model = load_text_model(args.checkpoint, args.tokenizer)
-    execution = Execution(dtype=compute_dtype("auto"))
+    execution = Execution(dtype=compute_dtype("auto", jax.default_backend()))
     if args.text:
         what = f"{args.text}, official protocol"
         result = perplexity.official_perplexity(

@@ -1,10 +1,11 @@
 """The parts of a block as linen modules; every weight names its logical axes.
 
-Logical axes of weights: layers, embed, heads, kv_heads, head_dim, ffn, vocab; of activations:
+Logical axes of weights: layers, embed, norm, heads, kv_heads, head_dim, ffn, vocab; of activations:
 batch, seq, act_embed, act_heads, act_ffn, head_dim. `mobilellm_jax.training.sharding` maps them to
 the mesh.
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -39,29 +40,55 @@ def _matrix(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[st
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
-@jax.custom_vjp
-def project(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
-    """`x @ weight` in the dtype of x, with a backward pass laid out for XLA on CPU.
+def in_use(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes of a weight while it is computed with: whole along `embed`."""
+    return tuple("act_embed" if axis == "embed" else axis for axis in axes)
 
-    The weight's gradient is x^T @ dy or (dy^T @ x)^T. XLA transposes the left operand, together
-    with all elementwise work that it has fused into it, so that should be the narrower one.
-    Autodiff always takes the latter.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(weight: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """A stored weight for use; its gradient is summed up into parts that lie as the weight does."""
+    return constrain(weight, in_use(axes))
+
+
+gathered.defvjp(
+    lambda weight, axes: (gathered(weight, axes), None),
+    lambda axes, _, d_weight: (constrain(d_weight, axes),),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(x_BTD: jax.Array, weight_DF: jax.Array, axes: tuple[str, str]) -> jax.Array:
+    """`x @ weight` in the dtype of x.
+
+    The backward pass gathers the weight again, so that whole weights of many layers never exist at
+    once, and is laid out for XLA on CPU: the weight's gradient is x^T @ dy or (dy^T @ x)^T, and XLA
+    transposes the left operand, together with all elementwise work that it has fused into it, so
+    that should be the narrower one. Autodiff always takes the latter.
+
+    Args:
+      weight_DF: as stored.
+      axes: its logical axes.
     """
-    return jnp.einsum("BTD,DF->BTF", x_BTD, weight_DF.astype(x_BTD.dtype))
+    return jnp.einsum("BTD,DF->BTF", x_BTD, _for_use(weight_DF, axes, x_BTD.dtype))
 
 
-def _project_forward(x_BTD, weight_DF):
-    return project(x_BTD, weight_DF), (x_BTD, weight_DF)
+def _for_use(weight_DF, axes, dtype):
+    return constrain(weight_DF.astype(dtype), in_use(axes))
 
 
-def _project_backward(residuals, d_out_BTF):
+def _project_forward(x_BTD, weight_DF, axes):
+    return project(x_BTD, weight_DF, axes), (x_BTD, weight_DF)
+
+
+def _project_backward(axes, residuals, d_out_BTF):
     x_BTD, weight_DF = residuals
-    d_x = jnp.einsum("BTF,DF->BTD", d_out_BTF, weight_DF.astype(x_BTD.dtype))
+    d_x = jnp.einsum("BTF,DF->BTD", d_out_BTF, _for_use(weight_DF, axes, d_out_BTF.dtype))
     if x_BTD.shape[-1] <= d_out_BTF.shape[-1]:
         d_weight = jnp.einsum("BTD,BTF->DF", x_BTD, d_out_BTF)
     else:
         d_weight = jnp.einsum("BTF,BTD->FD", d_out_BTF, x_BTD).T
-    return d_x, d_weight.astype(weight_DF.dtype)
+    return d_x, constrain(d_weight, axes).astype(weight_DF.dtype)
 
 
 project.defvjp(_project_forward, _project_backward)
@@ -74,7 +101,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         scale = self.param("scale", init, x_BTD.shape[-1:], jnp.float32)
         x = x_BTD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
@@ -104,13 +131,17 @@ class Attention(nn.Module):
         B, T, _ = x_BTD.shape
         query = _matrix(self, "query", (D, N, H), ("embed", "heads", "head_dim"))
         output = _matrix(self, "output", (N, H, D), ("heads", "head_dim", "embed"))
-        q_BTNH = project(x_BTD, query.reshape(D, N * H)).reshape(B, T, N, H)
+        q_BTNH = project(x_BTD, query.reshape(D, N * H), ("embed", "heads")).reshape(B, T, N, H)
         q_BTNH = apply_rope(q_BTNH, context.rope)
         if given is None:
             key = _matrix(self, "key", (D, K, H), ("embed", "kv_heads", "head_dim"))
             value = _matrix(self, "value", (D, K, H), ("embed", "kv_heads", "head_dim"))
-            k_BTKH = project(x_BTD, key.reshape(D, K * H)).reshape(B, T, K, H)
-            v_BTKH = project(x_BTD, value.reshape(D, K * H)).reshape(B, T, K, H)
+            k_BTKH = project(x_BTD, key.reshape(D, K * H), ("embed", "kv_heads")).reshape(
+                B, T, K, H
+            )
+            v_BTKH = project(x_BTD, value.reshape(D, K * H), ("embed", "kv_heads")).reshape(
+                B, T, K, H
+            )
             k_BTKH = apply_rope(k_BTKH, context.rope)
             given = KeyValue(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
         q_BTNH = constrain(q_BTNH, ("batch", "seq", "act_heads", "head_dim"))
@@ -124,7 +155,8 @@ class Attention(nn.Module):
                 cached=cached,
                 kind=self.attention_kind,
             )
-        return project(attended_BTNH.reshape(B, T, N * H), output.reshape(N * H, D)), given
+        attended_BTF = attended_BTNH.reshape(B, T, N * H)
+        return project(attended_BTF, output.reshape(N * H, D), ("heads", "embed")), given
 
 
 class FeedForward(nn.Module):
@@ -137,14 +169,14 @@ class FeedForward(nn.Module):
         c = self.config
         up = _matrix(self, "up", (c.embed_dim, c.ffn_dim), ("embed", "ffn"))
         down = _matrix(self, "down", (c.ffn_dim, c.embed_dim), ("ffn", "embed"))
-        hidden = project(x_BTD, up)
+        hidden = project(x_BTD, up, ("embed", "ffn"))
         if c.ffn == "swiglu":
             gate = _matrix(self, "gate", (c.embed_dim, c.ffn_dim), ("embed", "ffn"))
-            hidden = jax.nn.silu(project(x_BTD, gate)) * hidden
+            hidden = jax.nn.silu(project(x_BTD, gate, ("embed", "ffn"))) * hidden
         else:
             hidden = jax.nn.relu(hidden)
         hidden = constrain(hidden, ("batch", "seq", "act_ffn"))
-        return project(hidden, down)
+        return project(hidden, down, ("ffn", "embed"))
 
 
 class Block(nn.Module):

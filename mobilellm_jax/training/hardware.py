@@ -46,11 +46,11 @@ class PeakFlops:
     source: str
 
 
-def compute_dtype(requested: str) -> str:
-    """The dtype that "auto" means here: bfloat16, but float32 on CPUs, which only emulate it."""
+def compute_dtype(requested: str, platform: str) -> str:
+    """What "auto" means on a platform: bfloat16, but float32 on "cpu", which only emulates it."""
     if requested != "auto":
         return requested
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if platform == "cpu" else "bfloat16"
 
 
 def peak_flops(device: jax.Device, dtype: jax.typing.DTypeLike) -> PeakFlops:

@@ -67,11 +67,17 @@ def default_config(preset: str = "125m") -> ml_collections.ConfigDict:
     # "auto", "xla" or "cudnn".
     config.execution.attention = "auto"
 
-    # Devices along each axis; -1 takes what the others leave.
+    # Devices along each axis; -1 takes what the others leave. The batch is split over data x fsdp.
     config.mesh = ml_collections.ConfigDict()
+    # With -1 for both, fsdp takes as many as divide embed_dim, data the rest.
     config.mesh.data = -1
-    config.mesh.fsdp = 1
+    # Splits the master weights and the optimizer state too; 1 is plain data parallelism.
+    config.mesh.fsdp = -1
+    # Splits heads, ffn and vocabulary.
     config.mesh.tensor = 1
+    # When a step brings the weights that fsdp splits together: "step" (all of them, once, in the
+    # compute dtype: ZeRO) or "layer" (each block's as it is visited: FSDP; less memory).
+    config.mesh.gather = "step"
 
     config.log = ml_collections.ConfigDict()
     config.log.every_steps = 10
@@ -176,6 +182,8 @@ def _validate(config: ml_collections.ConfigDict) -> None:
         if not smallest <= value <= largest:
             at_most = f" and at most {largest:g}" if largest < math.inf else ""
             raise UserError(f"config.{key} = {value}: use at least {smallest:g}{at_most}")
+    if config.mesh.gather not in ("step", "layer"):
+        raise UserError(f"config.mesh.gather = {config.mesh.gather!r}: use 'step' or 'layer'")
     if config.train.global_batch_size % config.train.accumulation_steps:
         raise UserError(
             f"config.train.accumulation_steps = {config.train.accumulation_steps} does not divide "

@@ -4,9 +4,11 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model.transformer import Execution, MobileLLM
+from mobilellm_jax.model.layers import constrain, gathered, in_use
+from mobilellm_jax.model.transformer import Execution, MobileLLM, logical_axes
 from mobilellm_jax.training.loss import batch_shards, cross_entropy_sum, num_slices
 
 
@@ -37,6 +39,10 @@ def loss_sum(
     Args:
       batch: "inputs", "targets", "segment_ids" (int32 `[B, T]`) and "loss_weights" (fp32).
     """
+    axes = logical_axes(config)
+    for name in ("embedding", "head"):
+        if name in params:
+            params = params | {name: gathered(params[name], tuple(axes[name]))}
     model = MobileLLM(config, execution)
     segment_ids = batch["segment_ids"] if mask_documents else None
     hidden = model.apply({"params": params}, batch["inputs"], segment_ids, method="hidden_states")
@@ -63,6 +69,16 @@ def cast_for_compute(params: dict, dtype: str) -> dict:
     )
 
 
+def _lay_out(weights: dict, config: ModelConfig, *, whole: bool) -> dict:
+    """Weights or gradients as they are stored, or whole along `embed`."""
+
+    def lay_out(axes, weight):
+        return constrain(weight, in_use(tuple(axes)) if whole else tuple(axes))
+
+    is_axes = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    return jax.tree.map(lay_out, logical_axes(config), weights, is_leaf=is_axes)
+
+
 def make_train_step(
     config: ModelConfig,
     execution: Execution,
@@ -71,16 +87,24 @@ def make_train_step(
     *,
     accumulation_steps: int = 1,
     mask_documents: bool = False,
+    gather: str = "step",
 ):
     """Builds `train_step(state, batch) -> (state, metrics)`, to be jitted by the caller.
 
     The gradient is that of the mean over the whole batch's tokens, whatever the number of
     accumulation steps. Metrics are fp32 scalars: loss, grad_norm (before clipping),
     learning_rate.
+
+    Args:
+      gather: when the weights that a mesh splits over `fsdp` are brought together: "step" (once,
+        in the compute dtype: ZeRO-2, arXiv 1910.02054) or "layer" (each block's as it is visited:
+        ZeRO-3, "fully sharded").
     """
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
         weights = cast_for_compute(state.params, execution.dtype)
+        if gather == "step":
+            weights = _lay_out(weights, config, whole=True)
         sum_and_grad = jax.value_and_grad(loss_sum)
 
         def add_microbatch(total, microbatch):
@@ -91,10 +115,12 @@ def make_train_step(
             total = sum_and_grad(weights, batch, config, execution, mask_documents)
         else:
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), weights)
+            zeros = _lay_out(zeros, config, whole=False)
             microbatches = split_batch(batch, accumulation_steps)
             total, _ = jax.lax.scan(add_microbatch, (jnp.float32(0), zeros), microbatches)
         num_tokens = jnp.maximum(batch["loss_weights"].sum(), 1.0)
         loss, grads = jax.tree.map(lambda x: x.astype(jnp.float32) / num_tokens, total)
+        grads = _lay_out(grads, config, whole=False)
 
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -19,22 +19,14 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation.perplexity import split_perplexity
 from mobilellm_jax.files import lock_folder, write_file
 from mobilellm_jax.model.config import count_params, train_flops_per_token
-from mobilellm_jax.model.transformer import Execution, init_params
 from mobilellm_jax.training import run_config
 from mobilellm_jax.training.checkpoints import Checkpoints, Restored
-from mobilellm_jax.training.checks import check_batch, check_dataset, parse_mixture
-from mobilellm_jax.training.hardware import compute_dtype, peak_flops
+from mobilellm_jax.training.checks import check_dataset, parse_mixture
+from mobilellm_jax.training.hardware import peak_flops
 from mobilellm_jax.training.metrics import MetricsLog
-from mobilellm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from mobilellm_jax.training.sharding import (
-    batch_sharding,
-    make_mesh,
-    on_mesh,
-    opt_state_shardings,
-    params_shardings,
-    replicated,
-)
-from mobilellm_jax.training.step import TrainState, all_finite, make_eval_step, make_train_step
+from mobilellm_jax.training.program import TrainProgram
+from mobilellm_jax.training.sharding import make_mesh, on_mesh
+from mobilellm_jax.training.step import TrainState
 from mobilellm_jax.training.stopping import Diverged, finite_metrics, memory_errors, stop_signals
 
 # Steps that may be dispatched before their results are waited for: enough to hide Python, few
@@ -57,7 +49,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     settings = config.checkpoint
     with (
         stop_signals() as stop,  # outermost: leaving Checkpoints waits for the last save
-        on_mesh(run.mesh),
+        on_mesh(run.program.mesh),
         _held(workdir),
         Checkpoints(
             workdir, keep_last=settings.keep_last, keep_every=settings.keep_every or None
@@ -114,72 +106,27 @@ class _Run:
             self.seq_len,
         )
         self.tokenizer_model = self.headers[0].tokenizer(self.datasets[0][0]).model_bytes
-        execution = config.execution.to_dict()
-        self.execution = Execution(**execution | {"dtype": compute_dtype(execution["dtype"])})
-        self.mesh = make_mesh(config.mesh)
-        check_batch(config.train, self.mesh)
+        self.program = TrainProgram(config, make_mesh(config.mesh, self.model), self.seq_len)
 
         self.tokens_per_step = config.train.global_batch_size * self.seq_len
         self.flops_per_token = train_flops_per_token(self.model, self.seq_len).causal
-        self.peak = peak_flops(jax.local_devices()[0], self.execution.dtype)
-
-        schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-        self.optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-        self.shardings = TrainState(
-            step=replicated(self.mesh),
-            params=params_shardings(self.model, self.mesh),
-            opt_state=opt_state_shardings(self.optimizer, self.model, self.mesh),
-        )
-        self.batch_sharding = batch_sharding(self.mesh)
-        train_step = make_train_step(
-            self.model,
-            self.execution,
-            self.optimizer,
-            schedule,
-            accumulation_steps=config.train.accumulation_steps,
-            mask_documents=config.data.mask_documents,
-        )
-        self.train_step = jax.jit(
-            train_step,
-            in_shardings=(self.shardings, self.batch_sharding),
-            out_shardings=(self.shardings, replicated(self.mesh)),
-            donate_argnums=0,
-        )
-        eval_step = make_eval_step(
-            self.model, self.execution, mask_documents=config.data.mask_documents
-        )
-        self.eval_step = jax.jit(
-            eval_step, in_shardings=(self.shardings.params, self.batch_sharding)
-        )
-        self.all_finite = jax.jit(all_finite)
+        self.peak = peak_flops(jax.local_devices()[0], self.program.execution.dtype)
 
     def restore_or_init(self, checkpoints: Checkpoints) -> tuple[int, TrainState]:
         """The state of the newest valid checkpoint, or a fresh one made on its shardings."""
-        abstract = jax.eval_shape(self.init_state)
-        like = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-            abstract,
-            self.shardings,
-        )
+        like = self.program.abstract_state()
         restored = checkpoints.restore(
             config=self.model, params_like=like.params, opt_state_like=like.opt_state
         )
         if restored is None:
-            return 0, jax.jit(self.init_state, out_shardings=self.shardings)()
+            return 0, self.program.init_state()
         self.check_continues(checkpoints, restored)
         opt_state = restored.opt_state
         if opt_state is None:
-            opt_state = jax.jit(self.optimizer.init, out_shardings=self.shardings.opt_state)(
-                restored.params
-            )
-        step = jax.device_put(np.int32(restored.step), self.shardings.step)
+            opt_state = self.program.init_opt_state(restored.params)
+        step = jax.device_put(np.int32(restored.step), self.program.state_shardings.step)
         print(f"resuming from step {restored.step:,} in {checkpoints.directory}")
         return restored.step, TrainState(step, restored.params, opt_state)
-
-    def init_state(self) -> TrainState:
-        """A fresh state; the same weights on every mesh."""
-        params = init_params(self.model, jax.random.key(self.config.seed))
-        return TrainState(jax.numpy.int32(0), params, self.optimizer.init(params))
 
     def check_continues(self, checkpoints: Checkpoints, restored: Restored) -> None:
         """Refuses a workdir whose order of samples this run would not go on with."""
@@ -235,7 +182,7 @@ class _Run:
             total_steps=self.config.train.num_steps,
             tokens_per_step=self.tokens_per_step,
             flops_per_token=self.flops_per_token,
-            peak_flops_total=self.peak.value * self.mesh.size,
+            peak_flops_total=self.peak.value * self.program.mesh.size,
             tokens_per_epoch=num_records * self.seq_len,
             enabled=jax.process_index() == 0,
         )
@@ -248,8 +195,9 @@ class _Run:
         write_file(workdir / "config.json", (text + "\n").encode())
         total = self.config.train.num_steps * self.tokens_per_step
         data = sum(header.splits["train"].num_tokens for header in self.headers)
-        axes = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
-        device = self.mesh.devices.flat[0].device_kind
+        mesh = self.program.mesh
+        axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        device = f"{mesh.size} x {mesh.devices.flat[0].device_kind} (mesh: {axes})"
         print(self.config)
         print(
             f"model    {count_params(self.model):,} parameters, {self.model.num_layers} stored "
@@ -258,7 +206,7 @@ class _Run:
             f"sequence; the run takes {total:,} ({total / data:.2f} epochs)\n"
             f"batch    {self.tokens_per_step:,} tokens per step, "
             f"{self.config.train.num_steps:,} steps, from step {start_step:,}\n"
-            f"devices  {self.mesh.size} x {device} (mesh: {axes}), {self.execution.dtype}, peak "
+            f"devices  {device}, {self.program.execution.dtype}, peak "
             f"{self.peak.value / 1e12:.3g} TFLOP/s each, {self.peak.source}\n"
             f"eval     {self.describe_eval()}",
             flush=True,
@@ -285,10 +233,10 @@ class _Run:
         """Steps from `start_step` to the end or to a signal; returns the last step done."""
         num_steps = self.config.train.num_steps
         step, pending = start_step, {}
+        compiled = self.compile()
         with contextlib.closing(self.training_batches(start_step)) as batches:
-            for batch in map(self.on_device, batches):
+            for batch in batches:
                 if step == start_step:
-                    compiled = self.compile(state, batch)
                     log.start_clock(step)
                 state, pending[step + 1] = compiled(state, batch)
                 step += 1
@@ -324,7 +272,7 @@ class _Run:
 
     def save(self, step: int, state: TrainState, checkpoints: Checkpoints) -> None:
         """Starts saving a checkpoint; raises Diverged instead if a weight is NaN or Inf."""
-        if not self.all_finite(state.params):
+        if not self.program.all_finite(state.params):
             raise Diverged(step, "a weight is NaN or Inf")
         checkpoints.save(
             step,
@@ -334,32 +282,28 @@ class _Run:
             tokenizer_model=self.tokenizer_model,
         )
 
-    def training_batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-        """This process's rows of the global batches, from `start_step` to the end of the run."""
-        return train_batches(
+    def training_batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
+        """The global batches from `start_step` to the end of the run."""
+        size = self.config.train.global_batch_size
+        batches = train_batches(
             self.datasets,
             seed=self.config.seed,
-            global_batch_size=self.config.train.global_batch_size,
+            global_batch_size=size,
             sequence_length=self.seq_len,
             start_step=start_step,
             num_steps=self.config.train.num_steps,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=self.program.local_rows(size),
         )
+        with contextlib.closing(batches):
+            for batch in batches:
+                yield self.program.on_devices(batch, size)
 
-    def on_device(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows as part of the global batch."""
-        return {
-            name: jax.make_array_from_process_local_data(self.batch_sharding, rows)
-            for name, rows in batch.items()
-        }
-
-    def compile(self, state: TrainState, batch: dict[str, jax.Array]) -> Callable:
+    def compile(self) -> Callable:
         """The compiled training step; says how long it took."""
         start = time.monotonic()
         if jax.process_index() == 0:
             print("compiling the training step ...", flush=True)
-        compiled = self.train_step.lower(state, batch).compile()
+        compiled = self.program.lower().compile()
         if jax.process_index() == 0:
             print(f"compiled in {time.monotonic() - start:.1f} s", flush=True)
         return compiled
@@ -368,15 +312,19 @@ class _Run:
         """Logs the loss on the first records of the (first dataset's) validation split."""
         if "valid" not in self.headers[0].splits:
             return
+        size = self.config.train.global_batch_size // self.config.train.accumulation_steps
         batches = eval_batches(
             self.datasets[0][0],
             "valid",
-            batch_size=self.config.train.global_batch_size // self.config.train.accumulation_steps,
+            batch_size=size,
             max_records=self.config.eval.num_records,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=self.program.local_rows(size),
         )
         result = split_perplexity(
-            self.eval_step, state.params, map(self.on_device, batches), self.headers[0], "valid"
+            self.program.eval_step,
+            state.params,
+            (self.program.on_devices(batch, size) for batch in batches),
+            self.headers[0],
+            "valid",
         )
         log.log_eval(step, result.metrics())
