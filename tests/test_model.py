@@ -143,11 +143,3 @@ def test_bfloat16_computes_in_bfloat16_and_returns_fp32_logits():
 def test_unknown_execution_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         Execution(**changes)
-
-
-def test_cudnn_by_name_is_refused_where_it_cannot_run():
-    config = tiny()
-    with pytest.raises(UserError, match="needs an NVIDIA GPU"):
-        MobileLLM(config, Execution(attention="cudnn")).apply(
-            {"params": random_params(config)}, TOKENS
-        )

@@ -7,10 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.attention_kernels import (
+    ATTENTION_RESIDUALS,
+    choose_attention,
+    cudnn_attention,
+    splash_attention,
+)
 
-ATTENTION_KINDS = ("auto", "xla", "cudnn")
 _MASKED = -1e30  # finite: a row without any visible key must not become NaN
 
 
@@ -52,44 +57,6 @@ def apply_rope(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Ar
     return (x * cos + rotated * sin).astype(x_BTNH.dtype)
 
 
-def choose_attention(requested: str, q_BTNH: jax.Array) -> str:
-    """The kernel for an uncached pass: "cudnn" or "xla".
-
-    "auto" takes cuDNN's flash attention where it runs: NVIDIA GPUs from Ampere on, 16-bit inputs,
-    head widths that are multiples of 8 up to 128, an even number of tokens (its masks need that).
-    Elsewhere it takes XLA.
-
-    Raises:
-      UserError: cuDNN was asked for by name where it cannot run.
-    """
-    num_tokens, head_dim = q_BTNH.shape[1], q_BTNH.shape[-1]
-    capability = _cuda_capability()
-    runs = (
-        capability >= 8.0
-        and q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
-        and head_dim % 8 == 0
-        and head_dim <= 128
-        and num_tokens % 2 == 0
-    )
-    if requested == "cudnn" and not runs:
-        raise UserError(
-            "execution.attention = 'cudnn' needs an NVIDIA GPU from Ampere on, bfloat16 or float16,"
-            " a head width divisible by 8 up to 128 and an even number of tokens; here: "
-            f"{jax.default_backend()}, {q_BTNH.dtype}, {head_dim}, {num_tokens}. Use 'auto'"
-        )
-    if requested == "auto":
-        return "cudnn" if runs else "xla"
-    return requested
-
-
-def _cuda_capability() -> float:
-    """Compute capability of the first device, 0 if it is not an NVIDIA GPU."""
-    device = jax.local_devices()[0]
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
-        return 0.0
-    return float(device.compute_capability)
-
-
 def causal_attention(
     q_BTNH: jax.Array,
     fresh: KeyValue,
@@ -106,7 +73,8 @@ def causal_attention(
       segment_ids_BT: when given, a token sees only tokens of its own segment (document). Not
         combined with `cached`.
       cached: keys and values of the tokens before.
-      kind: see `choose_attention`.
+      kind: "auto" or a kernel (`attention_kernels.choose_attention`). Under a mesh, a kernel's name
+        is taken to have been chosen for the devices of that mesh: they may not be here.
 
     Returns:
       `[B, T, N, H]` in the dtype of the queries; softmax is computed in fp32.
@@ -114,14 +82,18 @@ def causal_attention(
     if cached is not None:
         assert segment_ids_BT is None
         return _from_grouped(_attend_with_cache(_to_grouped(q_BTNH, fresh), fresh, cached))
-    if choose_attention(kind, q_BTNH) == "cudnn":
-        mask = None
-        if segment_ids_BT is not None:
-            mask = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
-        keys_BSKH, values_BSKH = (x.swapaxes(1, 2) for x in fresh)
-        return jax.nn.dot_product_attention(
-            q_BTNH, keys_BSKH, values_BSKH, mask=mask, is_causal=True, implementation="cudnn"
+    if kind == "auto" or jax.sharding.get_abstract_mesh().empty:
+        kind = choose_attention(
+            kind,
+            jax.local_devices()[0],
+            dtype=q_BTNH.dtype,
+            head_dim=q_BTNH.shape[-1],
+            num_tokens=q_BTNH.shape[1],
         )
+    if kind == "cudnn":
+        return cudnn_attention(q_BTNH, *fresh, segment_ids_BT)
+    if kind == "splash":
+        return splash_attention(q_BTNH, *fresh, segment_ids_BT)
     return _from_grouped(_blocked_attention(_to_grouped(q_BTNH, fresh), *fresh, segment_ids_BT))
 
 
@@ -193,7 +165,10 @@ def _blocked_attention(q_BKGTH, keys_BKSH, values_BKSH, segment_ids_BT):
 
 
 def _blocked_attention_forward(q_BKGTH, keys_BKSH, values_BKSH, segment_ids_BT):
-    out, normalizer = _blocked_forward(q_BKGTH, keys_BKSH, values_BKSH, segment_ids_BT)
+    out, normalizer = (
+        checkpoint_name(x, ATTENTION_RESIDUALS)
+        for x in _blocked_forward(q_BKGTH, keys_BKSH, values_BKSH, segment_ids_BT)
+    )
     return out, (q_BKGTH, keys_BKSH, values_BKSH, segment_ids_BT, out, normalizer)
 
 

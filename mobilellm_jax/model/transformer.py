@@ -13,13 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.attention import ATTENTION_KINDS, KeyValue, rope_tables
+from mobilellm_jax.model.attention import KeyValue, rope_tables
+from mobilellm_jax.model.attention_kernels import ATTENTION_KINDS, attention_saveable
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.layers import Block, RMSNorm, TokenContext, constrain
 
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, attention_saveable
+    ),
+    "attention": attention_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -31,9 +35,10 @@ class Execution:
     Attributes:
       dtype: of activations and matrix products, "float32" or "bfloat16".
       remat: what the backward pass recomputes: "none" (keep all), "dots" (keep only the results
-        of weight matmuls) or "full" (keep only the input of each block visit).
+        of weight matmuls and of attention), "attention" (only the latter and the input of each
+        block visit) or "full" (keep only the input of each block visit).
       unroll_layers: unroll the scan over layers (faster on GPUs, slower to compile).
-      attention: "auto", "xla" or "cudnn" (see `attention.choose_attention`).
+      attention: "auto", "xla", "cudnn" or "splash" (see `attention_kernels.choose_attention`).
     """
 
     dtype: str = "float32"
