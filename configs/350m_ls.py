@@ -5,10 +5,18 @@ The paper: mean of eight zero-shot tasks 52.1.
   mobilellm train --config configs/350m_ls.py --workdir runs/350m_ls --config.data.path=data/corpus
 """
 
-from mobilellm_jax.training.run_config import default_config
+from mobilellm_jax.training.run_config import default_config, on_platform
+
+# FILE.py:PLATFORM takes these settings; what they need there is in docs/scaling.md.
+PLATFORMS = {
+    "v5e-256": {"mesh.data": 4, "mesh.fsdp": 64, "execution.remat": "full"},
+    "v5p-256": {"mesh.data": 4, "mesh.fsdp": 64},
+    "h100-8": {"mesh.data": 1, "mesh.fsdp": 8, "train.accumulation_steps": 32},
+    "h100-64": {"mesh.data": 8, "mesh.fsdp": 8, "train.accumulation_steps": 4},
+}
 
 
-def get_config():
+def get_config(platform=""):
     config = default_config("350m_ls")
     config.train.num_steps = 480_000
-    return config
+    return on_platform(config, PLATFORMS, platform)

@@ -17,11 +17,15 @@ from mobilellm_jax.errors import UserError
 # Verb -> (module with `add_arguments(parser)` and `main(args)`, one line of help).
 VERBS = {
     "prepare": ("mobilellm_jax.data.command", "turn text into a dataset of packed tokens"),
+    "plan": ("mobilellm_jax.planning.command", "ask what training takes on hardware not here"),
+    "doctor": ("mobilellm_jax.training.doctor", "check a run before its first step"),
     "train": ("mobilellm_jax.training.command", "train a model, or go on with its training"),
     "evaluate": ("mobilellm_jax.evaluation.command", "measure loss, perplexity, bits per byte"),
     "generate": ("mobilellm_jax.inference.command", "continue prompts with a trained model"),
     "convert": ("mobilellm_jax.conversion.command", "write a model for another runtime, read one"),
 }
+
+_VERBS_WITH_CONFIG = ("plan", "doctor", "train")
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -43,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = arguments[0] if arguments and arguments[0] in VERBS else None
     args, rest = _parser(verb).parse_known_args(arguments)
     is_override = re.compile(r"--config\.[\w.]+=").match
-    if rest and not (verb == "train" and all(map(is_override, rest))):
+    if rest and not (verb in _VERBS_WITH_CONFIG and all(map(is_override, rest))):
         _parser(verb).parse_args(arguments)  # names what it does not know, and exits
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     module = importlib.import_module(VERBS[verb][0])
-    if verb == "train":
+    if verb in _VERBS_WITH_CONFIG:
         args.overrides = rest
     try:
         module.main(args)

@@ -2,12 +2,17 @@
 
 import argparse
 
+from mobilellm_jax.training import process_flags
+
 _EPILOG = """\
 Any key of the config can be set on top of the file's values as --config.KEY=VALUE. All keys, with
 their defaults and meaning, are in mobilellm_jax/training/run_config.py; a wrong one names the near
 ones, and the whole config is printed and saved before the first step. Running the same command
-again goes on from the newest checkpoint. SIGTERM and Ctrl-C save the current step and exit with
-status 0.
+again goes on from the newest checkpoint. SIGTERM and Ctrl-C, to any one of several processes too,
+save the current step and exit with status 0.
+
+exit status: 0 finished, or stopped by a signal and saved; 2 a mistake to mend; 75 (or 134, where
+JAX is first) another process of the run failed, vanished or hangs: run the same command again
 
 example:
   mobilellm train --config configs/125m.py --workdir runs/125m \\
@@ -25,13 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config.KEY=VALUE", dest="_", action="store_true", help="change one value of the config"
     )
+    process_flags.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> None:
     """Runs the verb; `args.overrides` are the `--config.KEY=VALUE` arguments."""
+    from mobilellm_jax.training.processes import joined
     from mobilellm_jax.training.run_config import load_config
-
-    config = load_config(args.config, args.overrides)
     from mobilellm_jax.training.trainer import train
 
-    train(config, args.workdir)
+    with joined(args) as peers:
+        train(load_config(args.config, args.overrides), args.workdir, peers)

@@ -6,6 +6,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mobilellm_jax.model.attention_kernels import choose_attention
 from mobilellm_jax.model.transformer import Execution, init_params
 from mobilellm_jax.training import run_config
 from mobilellm_jax.training.checks import check_batch
@@ -53,7 +54,7 @@ class TrainProgram:
         check_batch(config.train, mesh)
         self.mesh = mesh
         self.model = run_config.model_config(config)
-        self.execution = _execution(config, mesh)
+        self.execution = resolved_execution(config, mesh, sequence_length)
         self.optimizer = make_optimizer(config.optimizer, config.train.num_steps)
         self._seed = config.seed
         self._batch_shape = (config.train.global_batch_size, sequence_length)
@@ -137,7 +138,15 @@ class TrainProgram:
         return {name: place(rows) for name, rows in batch.items()}
 
 
-def _execution(config: ConfigDict, mesh: Mesh) -> Execution:
-    settings = config.execution.to_dict()
-    platform = mesh.devices.flat[0].platform
-    return Execution(**settings | {"dtype": compute_dtype(settings["dtype"], platform)})
+def resolved_execution(config: ConfigDict, mesh: Mesh, sequence_length: int) -> Execution:
+    """`config.execution` with what "auto" means on the devices of the mesh."""
+    settings, device = config.execution.to_dict(), mesh.devices.flat[0]
+    dtype = compute_dtype(settings["dtype"], device.platform)
+    attention = choose_attention(
+        settings["attention"],
+        device,
+        dtype=dtype,
+        head_dim=config.model.head_dim,
+        num_tokens=sequence_length,
+    )
+    return Execution(**settings | {"dtype": dtype, "attention": attention})

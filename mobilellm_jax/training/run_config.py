@@ -7,7 +7,7 @@ A config file is a Python file with a function `get_config()` that changes what 
 import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ml_collections
@@ -98,10 +98,14 @@ def default_config(preset: str = "125m") -> ml_collections.ConfigDict:
 def load_config(path: str, overrides: list[str] = ()) -> ml_collections.ConfigDict:
     """Reads the config file at `path` and applies `--config.KEY=VALUE` overrides.
 
+    Args:
+      path: the file; "FILE:PLATFORM" has its `get_config` called with the name of a platform.
+
     Raises:
       UserError: no such file, an error inside it, or a key or a type that does not exist.
     """
-    if not Path(path).is_file():
+    file = path.partition(":")[0]
+    if not Path(file).is_file():
         shipped = sorted(p.name for p in Path("configs").glob("*.py"))
         hint = f"; configs/ has {', '.join(shipped)}" if shipped else ""
         raise UserError(f"--config={path}: no such file{hint}")
@@ -122,6 +126,26 @@ def load_config(path: str, overrides: list[str] = ()) -> ml_collections.ConfigDi
         raise UserError(f"{where}: {type(error).__name__}: {' '.join(text.split())}") from error
     _check_keys(path, config)
     _validate(config)
+    return config
+
+
+def on_platform(
+    config: ml_collections.ConfigDict, settings: Mapping[str, Mapping], platform: str
+) -> ml_collections.ConfigDict:
+    """The config with what its file recommends for a platform: `--config=FILE:PLATFORM`.
+
+    Args:
+      settings: platform -> {"SECTION.KEY": value}.
+      platform: "" leaves the config as it is.
+
+    Raises:
+      UserError: the file knows no such platform.
+    """
+    if platform and platform not in settings:
+        raise UserError(f"no platform {platform!r}: the file has {', '.join(settings)}")
+    for key, value in settings.get(platform, {}).items():
+        section, _, name = key.partition(".")
+        config[section][name] = value
     return config
 
 

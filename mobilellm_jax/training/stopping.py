@@ -1,6 +1,7 @@
 """Why a run stops before its last step: bad numbers, too little memory, signals."""
 
 import contextlib
+import datetime
 import os
 import signal
 import threading
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+from jax._src import distributed
+from jax.experimental import multihost_utils
 
 from mobilellm_jax.errors import UserError
 
@@ -51,17 +54,41 @@ def memory_errors() -> Iterator[None]:
         ) from error
 
 
+class StopRequest:
+    """Whether to save and stop; the same answer in all processes at the same step."""
+
+    def __init__(self):
+        self.requested = False
+        self._told = False
+
+    def agreed(self, step: int) -> bool:
+        """Whether the run ends after `step`; every process asks after each of its steps.
+
+        Several processes go on to the first step that none of them has passed: JAX's preemption
+        service finds it (`multihost_utils.reached_preemption_sync_point`).
+        """
+        if jax.process_count() == 1:
+            return self.requested
+        if self.requested and not self._told:
+            self._told = True
+            # What JAX's own handler of SIGTERM does, at most a second later and for SIGTERM only.
+            now = datetime.datetime.now(datetime.UTC).isoformat()
+            client = distributed.global_state.client
+            client.key_value_set("RECEIVED_PREEMPTION_NOTICE", now, allow_overwrite=True)
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
 @contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets; a second one acts as usual."""
-    stop = threading.Event()
+def stop_signals() -> Iterator[StopRequest]:
+    """A request that the first SIGTERM or SIGINT makes; a second one acts as usual."""
+    stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     previous = {}
 
     def request(number, _):
-        stop.set()
+        stop.requested = True
         signal.signal(number, previous[number])
         # Not print: the signal may have interrupted one.
         os.write(2, f"{signal.Signals(number).name}: saving the current step ...\n".encode())

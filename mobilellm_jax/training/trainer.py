@@ -1,10 +1,8 @@
 """The training loop: from a run config and a workdir to a trained, checkpointed model."""
 
 import contextlib
-import hashlib
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,39 +11,51 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mobilellm_jax.data.loader import check_mixture, eval_batches, open_split, train_batches
-from mobilellm_jax.data.records import DatasetHeader
+from mobilellm_jax.data.loader import eval_batches, train_batches
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation.perplexity import split_perplexity
 from mobilellm_jax.files import lock_folder, write_file
 from mobilellm_jax.model.config import count_params, train_flops_per_token
 from mobilellm_jax.training import run_config
 from mobilellm_jax.training.checkpoints import Checkpoints, Restored
-from mobilellm_jax.training.checks import check_dataset, parse_mixture
 from mobilellm_jax.training.hardware import peak_flops
+from mobilellm_jax.training.inputs import Inputs
 from mobilellm_jax.training.metrics import MetricsLog
+from mobilellm_jax.training.peers import Peers
 from mobilellm_jax.training.program import TrainProgram
 from mobilellm_jax.training.sharding import make_mesh, on_mesh
 from mobilellm_jax.training.step import TrainState
-from mobilellm_jax.training.stopping import Diverged, finite_metrics, memory_errors, stop_signals
+from mobilellm_jax.training.stopping import (
+    Diverged,
+    StopRequest,
+    finite_metrics,
+    memory_errors,
+    stop_signals,
+)
 
 # Steps that may be dispatched before their results are waited for: enough to hide Python, few
 # enough that a signal is answered soon and batches do not pile up on the device.
 _MAX_AHEAD = 2
 
 
-def train(config: ConfigDict, workdir: str | Path) -> None:
+def train(config: ConfigDict, workdir: str | Path, peers: Peers | None = None) -> None:
     """Trains until `config.train.num_steps`, from the newest checkpoint in `workdir` if any.
 
     Running it again after any interruption goes on bitwise as if there had been none. SIGTERM and
     SIGINT save the current step and return.
+
+    Args:
+      config: of the run.
+      workdir: for all that it leaves, on a file system that all its processes share.
+      peers: of `processes.joined`, which watches over several processes.
 
     Raises:
       UserError: settings that contradict each other, the data or the workdir's checkpoints.
       Diverged: NaN or Inf; nothing of it is saved.
     """
     workdir = Path(workdir)
-    run = _Run(config)
+    peers = peers or Peers()
+    run = _Run(config, workdir, peers)
     settings = config.checkpoint
     with (
         stop_signals() as stop,  # outermost: leaving Checkpoints waits for the last save
@@ -60,7 +70,8 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
             print(f"finished: {workdir} is at step {start_step:,} of {config.train.num_steps:,}")
             return
         run.announce(workdir, start_step)
-        with contextlib.closing(run.metrics_log(workdir, start_step)) as log, memory_errors():
+        log = run.metrics_log(workdir, start_step)
+        with contextlib.closing(log), memory_errors(), peers.contact():
             step = run.loop(start_step, state, checkpoints, log, stop)
     if step < config.train.num_steps:
         print(f"stopped by a signal, step {step:,} is saved; run the same command to go on")
@@ -92,24 +103,16 @@ def _held(workdir: Path) -> Iterator[None]:
 class _Run:
     """What stays the same from the first step of a run to its last."""
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: ConfigDict, workdir: Path, peers: Peers):
         self.config = config
+        self.peers = peers
         self.model = run_config.model_config(config)
-        self.datasets = parse_mixture(config.data.path)
-        self.headers = [DatasetHeader.load(folder) for folder, _ in self.datasets]
-        for (folder, _), header in zip(self.datasets, self.headers, strict=True):
-            check_dataset(folder, header, self.model)
-        self.seq_len = self.headers[0].sequence_length
-        check_mixture(
-            [open_split(folder, "train") for folder, _ in self.datasets],
-            [weight for _, weight in self.datasets],
-            self.seq_len,
-        )
-        self.tokenizer_model = self.headers[0].tokenizer(self.datasets[0][0]).model_bytes
-        self.program = TrainProgram(config, make_mesh(config.mesh, self.model), self.seq_len)
+        self.inputs = Inputs(config)
+        peers.agree({"workdir": str(workdir.absolute()), **self.inputs.facts()})
+        self.program = TrainProgram(config, make_mesh(config.mesh, self.model), self.inputs.seq_len)
 
-        self.tokens_per_step = config.train.global_batch_size * self.seq_len
-        self.flops_per_token = train_flops_per_token(self.model, self.seq_len).causal
+        self.tokens_per_step = config.train.global_batch_size * self.inputs.seq_len
+        self.flops_per_token = train_flops_per_token(self.model, self.inputs.seq_len).causal
         self.peak = peak_flops(jax.local_devices()[0], self.program.execution.dtype)
 
     def restore_or_init(self, checkpoints: Checkpoints) -> tuple[int, TrainState]:
@@ -131,14 +134,14 @@ class _Run:
     def check_continues(self, checkpoints: Checkpoints, restored: Restored) -> None:
         """Refuses a workdir whose order of samples this run would not go on with."""
         tokenizer_model = restored.tokenizer_model
-        if tokenizer_model is not None and tokenizer_model != self.tokenizer_model:
+        if tokenizer_model is not None and tokenizer_model != self.inputs.tokenizer_model:
             raise UserError(
                 f"{checkpoints.directory} was trained with another tokenizer than that of "
-                f"{self.datasets[0][0]}: prepare the data with its tokenizer.model, or use another "
-                "workdir"
+                f"{self.inputs.datasets[0][0]}: prepare the data with its tokenizer.model, or use "
+                "another workdir"
             )
         saved = restored.metadata.get("sample_order")
-        now = self.sample_order()
+        now = self.inputs.sample_order()
         if saved is not None and saved != now:
             different = [
                 f"{key} was {saved.get(key)}, is {now[key]}"
@@ -150,32 +153,20 @@ class _Run:
                 f"{'; '.join(different)}. Restore these settings, or use another workdir"
             )
 
-    def sample_order(self) -> dict:
-        """All that decides which record stands at which position."""
-        shards = [
-            [shard.sha256 for shard in header.splits["train"].shards] for header in self.headers
-        ]
-        return {
-            "data": hashlib.sha256(json.dumps(shards).encode()).hexdigest(),
-            "weights": [weight for _, weight in self.datasets],
-            "seed": self.config.seed,
-            "global_batch_size": self.config.train.global_batch_size,
-        }
-
     def metadata(self, step: int) -> dict:
         """What a checkpoint says of the run, beside its arrays."""
         return {
             "model": self.model.to_dict(),
             "position": step * self.config.train.global_batch_size,
-            "bos": self.headers[0].bos,
+            "bos": self.inputs.headers[0].bos,
             "mask_documents": self.config.data.mask_documents,
-            "sample_order": self.sample_order(),
+            "sample_order": self.inputs.sample_order(),
             "run": json.loads(self.config.to_json_best_effort()),
         }
 
     def metrics_log(self, workdir: Path, start_step: int) -> MetricsLog:
         """The log of this run, what was logged after `start_step` dropped."""
-        num_records = sum(header.splits["train"].num_records for header in self.headers)
+        num_records = sum(header.splits["train"].num_records for header in self.inputs.headers)
         return MetricsLog(
             workdir,
             resume_step=start_step,
@@ -183,7 +174,7 @@ class _Run:
             tokens_per_step=self.tokens_per_step,
             flops_per_token=self.flops_per_token,
             peak_flops_total=self.peak.value * self.program.mesh.size,
-            tokens_per_epoch=num_records * self.seq_len,
+            tokens_per_epoch=num_records * self.inputs.seq_len,
             enabled=jax.process_index() == 0,
         )
 
@@ -193,8 +184,9 @@ class _Run:
             return
         text = self.config.to_json_best_effort(indent=2)
         write_file(workdir / "config.json", (text + "\n").encode())
+        inputs = self.inputs
         total = self.config.train.num_steps * self.tokens_per_step
-        data = sum(header.splits["train"].num_tokens for header in self.headers)
+        data = sum(header.splits["train"].num_tokens for header in inputs.headers)
         mesh = self.program.mesh
         axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         device = f"{mesh.size} x {mesh.devices.flat[0].device_kind} (mesh: {axes})"
@@ -202,7 +194,7 @@ class _Run:
         print(
             f"model    {count_params(self.model):,} parameters, {self.model.num_layers} stored "
             f"blocks run as {self.model.depth}, {self.flops_per_token / 1e9:.3f} GFLOP per token\n"
-            f"data     {data:,} tokens in {len(self.headers)} dataset(s), {self.seq_len} per "
+            f"data     {data:,} tokens in {len(inputs.headers)} dataset(s), {inputs.seq_len} per "
             f"sequence; the run takes {total:,} ({total / data:.2f} epochs)\n"
             f"batch    {self.tokens_per_step:,} tokens per step, "
             f"{self.config.train.num_steps:,} steps, from step {start_step:,}\n"
@@ -214,12 +206,12 @@ class _Run:
 
     def describe_eval(self) -> str:
         """What the loop evaluates on, in words."""
-        folder, settings = self.datasets[0][0], self.config.eval
-        if "valid" not in self.headers[0].splits:
+        folder, settings = self.inputs.datasets[0][0], self.config.eval
+        if "valid" not in self.inputs.headers[0].splits:
             return f"none: {folder} has no valid split"
         if not settings.every_steps:
             return "none: config.eval.every_steps = 0"
-        num_records = min(settings.num_records, self.headers[0].splits["valid"].num_records)
+        num_records = min(settings.num_records, self.inputs.headers[0].splits["valid"].num_records)
         return f"every {settings.every_steps:,} steps on {num_records:,} records of {folder}"
 
     def loop(
@@ -228,10 +220,9 @@ class _Run:
         state: TrainState,
         checkpoints: Checkpoints,
         log: MetricsLog,
-        stop: threading.Event,
+        stop: StopRequest,
     ) -> int:
         """Steps from `start_step` to the end or to a signal; returns the last step done."""
-        num_steps = self.config.train.num_steps
         step, pending = start_step, {}
         compiled = self.compile()
         with contextlib.closing(self.training_batches(start_step)) as batches:
@@ -242,22 +233,25 @@ class _Run:
                 step += 1
                 if (behind := step - _MAX_AHEAD) in pending:
                     jax.block_until_ready(pending[behind])
-                if due := self.due(step, stop):
+                    self.peers.done(behind)
+                stopping = stop.agreed(step)
+                if due := self.due(step, stopping):
                     values = finite_metrics(pending)
                     pending = {}
+                    self.peers.done(step)
                     if "log" in due:
                         log.log_train(step, {f"train/{k}": v for k, v in values.items()})
-                    with log.paused():
+                    with log.paused(), self.peers.busy(f"at step {step:,}: {', '.join(due)}"):
                         # In this order: after a kill, what is not saved is evaluated again.
                         if "eval" in due:
                             self.evaluate(step, state, log)
                         if "save" in due:
                             self.save(step, state, checkpoints)
-                if stop.is_set() and step < num_steps and "save" in due:
+                if stopping:
                     break
         return step
 
-    def due(self, step: int, stop: threading.Event) -> set[str]:
+    def due(self, step: int, stopping: bool) -> set[str]:
         """What is to be done after `step`: any of "log", "eval" and "save"."""
         last = step == self.config.train.num_steps
         due = set()
@@ -266,7 +260,7 @@ class _Run:
         every = self.config.eval.every_steps
         if every and (last or step % every == 0):
             due.add("eval")
-        if last or stop.is_set() or step % self.config.checkpoint.every_steps == 0:
+        if last or stopping or step % self.config.checkpoint.every_steps == 0:
             due.add("save")
         return due
 
@@ -279,17 +273,17 @@ class _Run:
             params=state.params,
             opt_state=state.opt_state,
             metadata=self.metadata(step),
-            tokenizer_model=self.tokenizer_model,
+            tokenizer_model=self.inputs.tokenizer_model,
         )
 
     def training_batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
         """The global batches from `start_step` to the end of the run."""
         size = self.config.train.global_batch_size
         batches = train_batches(
-            self.datasets,
+            self.inputs.datasets,
             seed=self.config.seed,
             global_batch_size=size,
-            sequence_length=self.seq_len,
+            sequence_length=self.inputs.seq_len,
             start_step=start_step,
             num_steps=self.config.train.num_steps,
             rows=self.program.local_rows(size),
@@ -310,11 +304,11 @@ class _Run:
 
     def evaluate(self, step: int, state: TrainState, log: MetricsLog) -> None:
         """Logs the loss on the first records of the (first dataset's) validation split."""
-        if "valid" not in self.headers[0].splits:
+        if "valid" not in self.inputs.headers[0].splits:
             return
         size = self.config.train.global_batch_size // self.config.train.accumulation_steps
         batches = eval_batches(
-            self.datasets[0][0],
+            self.inputs.datasets[0][0],
             "valid",
             batch_size=size,
             max_records=self.config.eval.num_records,
@@ -324,7 +318,7 @@ class _Run:
             self.program.eval_step,
             state.params,
             (self.program.on_devices(batch, size) for batch in batches),
-            self.headers[0],
+            self.inputs.headers[0],
             "valid",
         )
         log.log_eval(step, result.metrics())
