@@ -2,9 +2,10 @@
 
 import dataclasses
 
-from mobilellm_jax.conversion.report import megabytes, table
+from mobilellm_jax.conversion.report import megabytes
 from mobilellm_jax.model.config import ModelConfig, count_params, kv_cache_bytes_per_token
 from mobilellm_jax.model.presets import PRESETS
+from mobilellm_jax.tables import table
 
 DRAM_BUDGET = 0.1 * 6e9  # an app's tenth of a phone with 6 GB (paper, section 1)
 

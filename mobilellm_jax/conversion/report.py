@@ -12,6 +12,7 @@ from mobilellm_jax.conversion.folders import OWN_KEY, REPORT, encode_json
 from mobilellm_jax.conversion.formats import FORMATS
 from mobilellm_jax.conversion.verification import Comparison, Verification
 from mobilellm_jax.model.config import ModelConfig, count_params
+from mobilellm_jax.tables import table
 
 _PACKAGES = (
     *("jax", "torch", "transformers", "executorch", "torchao", "gguf", "llama-cpp-python"),
@@ -124,15 +125,6 @@ def verification_table(v: Verification) -> str:
         f"- Asked for: {', '.join(bounds)}.",
     ]
     return table(header, rows) + "\n\n" + "\n".join(lines)
-
-
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table, padded so that it reads as it is."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    cells = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    head = [cell.ljust(width) for cell, width in zip(header, widths, strict=True)]
-    lines = [head, ["-" * width for width in widths], *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def describe(config: ModelConfig) -> str:

@@ -1,0 +1,305 @@
+"""A training step compiled for hardware that is not here, and what that says of it.
+
+What is compiled is the very program that `train` runs (`training.program.TrainProgram`). Memory,
+kernels, donation and collectives are read off the compiled program; time is a model, whose few
+assumptions are named here and printed with every plan.
+"""
+
+import dataclasses
+import re
+import time
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from mobilellm_jax.planning.collectives import Collective, collectives, traffic
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.config import (
+    ModelConfig,
+    count_params,
+    matmul_params_per_token,
+    train_flops_per_token,
+)
+from mobilellm_jax.planning.topologies import Topology
+from mobilellm_jax.training import run_config
+from mobilellm_jax.training.hardware import peak_flops
+from mobilellm_jax.training.program import TrainProgram
+from mobilellm_jax.training.sharding import make_mesh
+
+# Shares of the published matmul peak that are assumed to be reached. No figure of ours stands
+# behind them: narrow matmuls on a chip that throttles, and flash attention forward and backward.
+MATMUL_SHARE = 0.75
+ATTENTION_SHARE = {"cudnn": 0.4, "splash": 0.4, "xla": 0.1}
+# Bytes of activations that elementwise work moves per token and visit of a block, in units of the
+# embedding's and the feed-forward's width: forward pass, and three times that with the backward.
+_MOVED_EMBED, _MOVED_FFN = 8, 4
+# fp32 logits written and read twice, their gradient in 16 bits written and read twice.
+_BYTES_PER_LOGIT = 16
+# AdamW reads gradient, weight and two moments and writes all but the gradient.
+_BYTES_PER_UPDATE = 28
+# Forward passes done again by the backward pass.
+_RECOMPUTED = {"none": 0.0, "dots": 0.1, "full": 1.0}
+
+_KERNELS = {
+    "cudnn": r"__cudnn\$fmha",
+    "splash": r'custom_call_target="tpu_custom_call"',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest chip.
+
+    Attributes:
+      weights: fp32 master weights.
+      optimizer: moments and counters.
+      batch: tokens, weights of the loss.
+      temporaries: activations, gradients, gathered weights, what kernels work in.
+      capacity: what the chip has for a program.
+    """
+
+    weights: int
+    optimizer: int
+    batch: int
+    temporaries: int
+    capacity: int
+
+    @property
+    def total(self) -> int:
+        """All of it; what a step returns lies where its arguments lay."""
+        return self.weights + self.optimizer + self.batch + self.temporaries
+
+    @property
+    def fits(self) -> bool:
+        """Whether it runs."""
+        return self.total <= self.capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step on one chip, by what they are spent on.
+
+    Attributes:
+      matmul, attention, elementwise, vocabulary, optimizer: computing.
+      network: axis -> seconds of collectives over it.
+    """
+
+    matmul: float
+    attention: float
+    elementwise: float
+    vocabulary: float
+    optimizer: float
+    network: dict[str, float]
+
+    @property
+    def compute(self) -> float:
+        """Seconds without the network."""
+        return self.matmul + self.attention + self.elementwise + self.vocabulary + self.optimizer
+
+    @property
+    def slowest(self) -> float:
+        """Seconds if no collective is hidden behind computing."""
+        return self.compute + sum(self.network.values())
+
+    @property
+    def fastest(self) -> float:
+        """Seconds if all are, as far as there is something to hide behind."""
+        return max(self.compute, sum(self.network.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What compiling told, and what follows.
+
+    Attributes:
+      topology: name of the hardware.
+      num_chips: devices as JAX counts them.
+      mesh: axis -> size.
+      settings: what of the config decides memory and speed.
+      sequence_length: T.
+      tokens_per_step: over all chips.
+      attention: the kernel, as found in the compiled program.
+      memory: of the fullest chip; temporaries are 0 if the compiler refused for lack of memory.
+      donated: bytes of the state that is updated in place.
+      state: bytes of the state on one chip.
+      collectives: all of one step.
+      step: predicted seconds.
+      flops_per_token: "causal" of `train_flops_per_token`.
+      peak: published FLOP/s of one chip.
+      compile_seconds: here.
+      refused: the compiler's own words, if it found that memory does not suffice.
+    """
+
+    topology: str
+    num_chips: int
+    mesh: dict[str, int]
+    settings: dict
+    sequence_length: int
+    tokens_per_step: int
+    attention: str
+    memory: Memory
+    donated: int
+    state: int
+    collectives: list[Collective]
+    step: StepTime
+    flops_per_token: int
+    peak: float
+    compile_seconds: float
+    refused: str | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether it runs at all."""
+        return self.refused is None and self.memory.fits
+
+    def tokens_per_second(self, seconds: float) -> float:
+        """Over all chips, for a step of `seconds`."""
+        return self.tokens_per_step / seconds
+
+    def mfu(self, seconds: float) -> float:
+        """Share of the published peak, attention counted as causal, for a step of `seconds`."""
+        rate = self.tokens_per_second(seconds) / self.num_chips
+        return rate * self.flops_per_token / self.peak
+
+
+def make_plan(config: ConfigDict, hardware: Topology, sequence_length: int) -> Plan:
+    """Compiles the training step of `config` for `hardware`.
+
+    Raises:
+      UserError: settings, mesh, batch or kernel that do not go together.
+    """
+    model = run_config.model_config(config)
+    mesh = make_mesh(config.mesh, model, hardware.devices)
+    program = TrainProgram(config, mesh, sequence_length)
+    lowered = program.lower()
+    start, refused, text = time.monotonic(), None, ""
+    try:
+        compiled = lowered.compile()
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refused = _first_sentence(str(error))
+    seconds = time.monotonic() - start
+    state = program.abstract_state()
+    weights, optimizer = _bytes_on_a_chip(state.params), _bytes_on_a_chip(state.opt_state)
+    rows = config.train.global_batch_size * sequence_length * 4 * 4
+    batch = rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+    found = [] if refused else collectives(text, mesh)
+    sizes = None if refused else compiled.memory_analysis()
+    return Plan(
+        topology=hardware.name,
+        num_chips=mesh.size,
+        mesh=dict(mesh.shape),
+        settings={
+            "dtype": program.execution.dtype,
+            "remat": program.execution.remat,
+            "unroll_layers": program.execution.unroll_layers,
+            "gather": config.mesh.gather,
+            "global_batch_size": config.train.global_batch_size,
+            "accumulation_steps": config.train.accumulation_steps,
+        },
+        sequence_length=sequence_length,
+        tokens_per_step=config.train.global_batch_size * sequence_length,
+        attention=_kernel_found(text, program.execution.attention, refused),
+        memory=Memory(
+            weights,
+            optimizer,
+            batch,
+            0 if refused else sizes.temp_size_in_bytes,
+            hardware.chip.memory_bytes,
+        ),
+        donated=0 if refused else sizes.alias_size_in_bytes,
+        state=weights + optimizer + 4,
+        collectives=found,
+        step=step_time(
+            model,
+            hardware,
+            mesh,
+            tokens_per_chip=config.train.global_batch_size * sequence_length / mesh.size,
+            sequence_length=sequence_length,
+            execution=program.execution,
+            found=found,
+        ),
+        flops_per_token=train_flops_per_token(model, sequence_length).causal,
+        peak=_peak(mesh, program.execution.dtype),
+        compile_seconds=seconds,
+        refused=refused,
+    )
+
+
+def step_time(
+    model: ModelConfig,
+    hardware: Topology,
+    mesh: jax.sharding.Mesh,
+    *,
+    tokens_per_chip: float,
+    sequence_length: int,
+    execution,
+    found: list[Collective],
+) -> StepTime:
+    """The time model: published rates of the chip, times the shares assumed above."""
+    chip, tokens = hardware.chip, tokens_per_chip
+    peak = _peak(mesh, execution.dtype)
+    again = 1 + _RECOMPUTED[execution.remat] / 3  # a forward pass is a third of the FLOPs
+    vocabulary = 6 * model.vocab_size * model.embed_dim
+    matmul = 6 * matmul_params_per_token(model) - vocabulary
+    scores = train_flops_per_token(model, sequence_length)
+    attention = scores.causal - scores.matmul
+    width = 4 if execution.dtype == "float32" else 2
+    moved = _MOVED_EMBED * model.embed_dim + _MOVED_FFN * model.ffn_dim
+    elementwise = 3 * again * model.depth * width * moved
+    logits = _BYTES_PER_LOGIT * model.vocab_size / mesh.shape["tensor"]
+    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    network = {}
+    for collective in found:
+        seconds = traffic(collective) / _bandwidth(collective, hardware, mesh)
+        name = "+".join(collective.axes)
+        network[name] = network.get(name, 0.0) + seconds
+    return StepTime(
+        matmul=tokens * matmul * again / (peak * MATMUL_SHARE),
+        attention=tokens * attention * again / (peak * ATTENTION_SHARE[execution.attention]),
+        elementwise=tokens * elementwise / chip.memory_bandwidth,
+        vocabulary=tokens * (vocabulary / (peak * MATMUL_SHARE) + logits / chip.memory_bandwidth),
+        optimizer=count_params(model) * _BYTES_PER_UPDATE / shards / chip.memory_bandwidth,
+        network=network,
+    )
+
+
+def _bandwidth(collective: Collective, hardware: Topology, mesh: jax.sharding.Mesh) -> float:
+    """Of the slowest link that a group of the collective crosses."""
+    if hardware.chip.platform == "tpu":
+        return hardware.chip.fast_bandwidth
+    hosts = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    axes = tuple(i for i, name in enumerate(mesh.axis_names) if name in collective.axes)
+    crosses = (hosts.max(axis=axes) != hosts.min(axis=axes)).any()
+    return hardware.chip.slow_bandwidth if crosses else hardware.chip.fast_bandwidth
+
+
+def _peak(mesh: jax.sharding.Mesh, dtype: str) -> float:
+    """Published; XLA's fp32 products on TPUs are one pass of bfloat16 by default."""
+    device = mesh.devices.flat[0]
+    return peak_flops(device, "bfloat16" if device.platform == "tpu" else dtype).value
+
+
+def _bytes_on_a_chip(tree) -> int:
+    def size(array):
+        return int(np.prod(array.sharding.shard_shape(array.shape))) * array.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))
+
+
+def _kernel_found(text: str, chosen: str, refused: str | None) -> str:
+    """The kernel that was asked for, if it is in the program."""
+    if refused or chosen not in _KERNELS or re.search(_KERNELS[chosen], text):
+        return chosen
+    raise UserError(
+        f"the compiled program has no {chosen} attention in it; set config.execution.attention = "
+        "'xla', and please report this with your versions of jax"
+    )
+
+
+def _first_sentence(error: str) -> str:
+    line = next((part for part in error.splitlines() if "memory" in part.lower()), error)
+    return line.strip()[:300]

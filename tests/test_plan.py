@@ -1,0 +1,156 @@
+"""The planner on hardware that is here: eight CPU devices stand for eight chips."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from model_cases import tiny
+
+from mobilellm_jax import cli
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.presets import PRESETS
+from mobilellm_jax.planning import plan as plan_module
+from mobilellm_jax.planning import search as searching
+from mobilellm_jax.planning import topologies
+from mobilellm_jax.planning.plan import make_plan
+from mobilellm_jax.planning.report import Budget, plan_dict, plan_text
+from mobilellm_jax.planning.topologies import PLATFORMS, Chip, Topology, topology
+from mobilellm_jax.training.hardware import PeakFlops
+from mobilellm_jax.training.run_config import default_config, load_config
+
+CHIP = Chip("cuda", 1 << 30, 1e11, 1e10, 1e9)
+MODEL = tiny(vocab_size=56)
+T = 12
+
+
+def run_config(**mesh):
+    config = default_config()
+    config.model.update(MODEL.to_dict())
+    config.mesh.update(mesh)
+    config.train.update(num_steps=10, global_batch_size=16)
+    config.optimizer.warmup_steps = 1
+    return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def published_peak():
+    """Of a chip that has one: those of CPUs are measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "peak_flops", lambda *_: PeakFlops(1e11, "published"))
+        yield
+
+
+@pytest.fixture
+def hardware(devices):
+    return Topology("eight:8", CHIP, tuple(devices))
+
+
+@pytest.fixture(scope="module")
+def plan(devices, published_peak):
+    return make_plan(run_config(data=2, fsdp=4), Topology("eight:8", CHIP, tuple(devices)), T)
+
+
+def test_a_plan_says_what_a_chip_holds(plan):
+    per_block = 24 * 32 * 2 + 2 * 24 * 16 + 3 * 24 * 40
+    norms = 4 * (2 * 24 * 3 + 24)
+    weights = 4 * (3 * per_block + 56 * 24) / 4 + norms  # a quarter, and norms whole
+    assert plan.memory.weights == weights
+    assert plan.memory.optimizer == 2 * weights + 2 * 4  # two moments, two counters
+    assert plan.memory.temporaries > 0
+    assert plan.donated >= 3 * weights
+    assert plan.fits and plan.attention == "xla"
+    assert plan.tokens_per_step == 16 * T
+
+
+def test_time_is_the_published_rates_and_the_named_shares(plan):
+    step = plan.step
+    parts = [step.matmul, step.attention, step.elementwise, step.vocabulary, step.optimizer]
+    assert min(parts) > 0 and step.compute == pytest.approx(sum(parts))
+    assert step.slowest == pytest.approx(step.compute + sum(step.network.values()))
+    assert step.fastest <= step.slowest
+    assert 0 < plan.mfu(step.slowest) <= plan.mfu(step.fastest)
+    rate = plan.tokens_per_second(step.slowest)
+    assert rate == pytest.approx(16 * T / step.slowest)
+
+
+def test_a_chip_with_too_little_memory_does_not_fit(plan):
+    small = dataclasses.replace(plan.memory, capacity=plan.memory.total - 1)
+    starved = dataclasses.replace(plan, memory=small)
+    assert plan.fits and not starved.fits
+    assert "DOES NOT FIT" in plan_text(starved, Budget(1e9, None))
+    refused = dataclasses.replace(plan, refused="Ran out of memory: used 20G of 16G")
+    assert not refused.fits
+    assert "Ran out of memory" in plan_text(refused, Budget(1e9, None))
+
+
+def test_cost_is_days_times_chips_times_price(plan):
+    values = plan_dict(plan, Budget(1e12, 2.0))["predicted"]["network not hidden"]
+    seconds = 1e12 / values["tokens_per_second"]
+    assert values["days"] == pytest.approx(seconds / 86_400)
+    assert values["cost"] == pytest.approx(seconds / 3600 * 8 * 2.0)
+    assert plan_dict(plan, Budget(1e12, None))["predicted"]["network hidden"]["cost"] is None
+    json.dumps(plan_dict(plan, Budget(1e12, 2.0)), allow_nan=False)
+
+
+def test_search_goes_from_the_most_promising_on_and_leaves_the_batch_alone(hardware):
+    found = searching.candidates(run_config(), hardware, T)
+    seconds = [float(f"{c.seconds:.2g}") for c in found]
+    assert seconds == sorted(seconds)
+    shapes = {tuple(c.changes["mesh"].values()) for c in found}
+    assert len(shapes) == len(found) > 4
+    config, plan = next(searching.search(run_config(), hardware, T, num_fitting=1))
+    assert plan.fits and config.train.global_batch_size == 16
+    assert plan.mesh == {axis: config.mesh[axis] for axis in plan.mesh}
+
+
+def test_search_leaves_out_what_cannot_fit(hardware):
+    """By the rough count; of what may fit, rematerialisation and accumulation need the least."""
+    tight = dataclasses.replace(hardware, chip=dataclasses.replace(CHIP, memory_bytes=70_000))
+    found = searching.candidates(run_config(), tight, T)
+    everything = searching.candidates(run_config(), hardware, T)
+    assert 0 < len(found) <= len(everything)
+    assert {c.changes["execution"]["remat"] for c in found} != {"none"}
+    none = dataclasses.replace(hardware, chip=dataclasses.replace(CHIP, memory_bytes=10))
+    with pytest.raises(UserError, match="nothing that was tried fits eight:8; take more chips"):
+        list(searching.search(run_config(), none, T))
+
+
+def test_the_command_prints_and_writes_the_plan(tmp_path, monkeypatch, capsys, hardware):
+    monkeypatch.setattr(topologies, "topology", lambda name: hardware)
+    (tmp_path / "config.py").write_text("from test_plan import run_config as get_config\n")
+    arguments = ["plan", "--config", str(tmp_path / "config.py"), "--topology", "eight:8"]
+    arguments += ["--sequence_length", str(T), "--price", "2", "--output", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--config.mesh.fsdp=8"]) == 0
+    printed = capsys.readouterr().out
+    assert "8 chips of eight:8, mesh: data 1, fsdp 8, tensor 1" in printed
+    assert "together: fits" in printed and "cost at 2 per chip and hour" in printed
+    (values,) = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert values["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1} and values["fits"]
+    assert (tmp_path / "out" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "plan.md").read_text().startswith("# config.py")
+
+
+@pytest.mark.parametrize("name", ["v5e", "h900:8", "v5e:", "h100:0", "v5e:4xx4", "tpu:4x4"])
+def test_an_unknown_topology_lists_the_known(name):
+    with pytest.raises(UserError, match=r"write KIND:SIZES.*the kinds are v4, v5e, .*h200"):
+        topology(name)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("v5e:2x2", "plan_tpu"), ("h100:8", "cuda")])
+def test_a_missing_compiler_says_what_to_install(name, extra, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=rf"pip install '\.\[{extra}\]'"):
+        topology(name)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_ships_settings_for_every_platform(preset):
+    plain = load_config(f"configs/{preset}.py")
+    for platform, name in PLATFORMS.items():
+        config = load_config(f"configs/{preset}.py:{platform}")
+        num_chips = np.prod([int(n) for n in name.partition(":")[2].split("x")])
+        assert config.mesh.data * config.mesh.fsdp * config.mesh.tensor == num_chips
+        assert config.train.global_batch_size == plain.train.global_batch_size
+    with pytest.raises(UserError, match="no platform 'v9': the file has v5e-256"):
+        load_config(f"configs/{preset}.py:v9")

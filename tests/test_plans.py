@@ -1,0 +1,83 @@
+"""The plans in docs/plans, compiled again: memory and collectives must not have grown.
+
+Needs the compilers of TPUs and GPUs (`make test-plans`); no TPU or GPU.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PLANS = sorted((ROOT / "docs" / "plans").glob("*/*.json"))
+COMPILERS = {"v5": ("libtpu", "plan_tpu"), "h1": ("jax_cuda13_plugin", "cuda")}
+MEMORY_GROWTH = 1.05
+TRAFFIC_TOLERANCE = 0.01
+
+# Each in a process of its own: one process loads one kind of compiler.
+COMPILE = """
+import json, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+from mobilellm_jax.planning.plan import make_plan
+from mobilellm_jax.planning.report import Budget, plan_dict
+from mobilellm_jax.planning.topologies import topology
+from mobilellm_jax.training.run_config import load_config
+hardware = topology(sys.argv[1])
+for preset in sys.argv[2:]:
+    plan = make_plan(load_config(f"configs/{preset}.py:{sys.argv[1]}"), hardware, 2048)
+    print("PLAN", preset, json.dumps(plan_dict(plan, Budget(1e12, None))), flush=True)
+"""
+
+
+def traffic(plan: dict) -> dict[str, float]:
+    """Bytes that a chip sends, by mesh axis."""
+    totals = {}
+    for collective in plan["collectives"]:
+        axes = "+".join(collective["axes"])
+        totals[axes] = totals.get(axes, 0) + collective["sent_per_chip"]
+    return totals
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """Compiles all plans of a platform at once, when the first of them is asked for."""
+    done = {}
+
+    def compile(platform):
+        if platform not in done:
+            presets = [path.stem for path in PLANS if path.parent.name == platform]
+            result = subprocess.run(
+                [sys.executable, "-c", COMPILE, platform, *presets],
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+                capture_output=True,
+                text=True,
+                timeout=3000,
+            )
+            assert result.returncode == 0, result.stderr[-3000:]
+            lines = [line.split(" ", 2) for line in result.stdout.splitlines()]
+            done[platform] = {x[1]: json.loads(x[2]) for x in lines if x[0] == "PLAN"}
+        return done[platform]
+
+    return compile
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_plan_needs_no_more_than_when_it_was_written(path, compiled):
+    module, extra = COMPILERS[path.parent.name[:2]]
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"its compiler is not installed: pip install '.[{extra}]'")
+    budget = json.loads(path.read_text())
+    now = compiled(path.parent.name)[path.stem]
+    assert now["fits"]
+    assert now["attention"] == budget["attention"] != "xla"
+    assert now["donated"] >= 0.999 * (now["state"] - 4)
+    assert now["memory"]["total"] <= MEMORY_GROWTH * budget["memory"]["total"]
+    for axes, sent in traffic(now).items():
+        assert sent <= (1 + TRAFFIC_TOLERANCE) * traffic(budget).get(axes, 0) + 1e6, axes
