@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: quickstart phone test test-slow lint format clean
+.PHONY: quickstart phone test test-slow test-plans lint format clean
 
 quickstart: $(VENV)/core.stamp  ## text to a trained model in minutes, on a CPU
 	PATH="$(BIN):$$PATH" bash launch/quickstart.sh
@@ -22,6 +22,9 @@ test: $(VENV)/test.stamp  ## the default suite
 test-slow: $(VENV)/test.stamp  ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
 
+test-plans: $(VENV)-plan/plan.stamp  ## compiles docs/plans again, by the compilers of TPUs and GPUs
+	$(CURDIR)/$(VENV)-plan/bin/python -m pytest -m slow tests/test_plans.py
+
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,7 +34,7 @@ format: $(VENV)/lint.stamp
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-plan build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/python.stamp:
@@ -51,6 +54,13 @@ $(VENV)/phone.stamp: $(VENV)/core.stamp
 
 $(VENV)/test.stamp: $(VENV)/core.stamp
 	$(PIP) install --editable '.[test]'
+	@touch $@
+
+# An environment of its own: JAX looks for a GPU and a TPU wherever their packages are.
+$(VENV)-plan/plan.stamp: $(VENV)/core.stamp
+	$(VENV)/bin/python -m venv $(VENV)-plan
+	$(VENV)-plan/bin/python -m pip --disable-pip-version-check --quiet install --editable '.[tpu,cuda]' \
+		"$$(sed -n 's/.*"\(pytest==[^"]*\)".*/\1/p' pyproject.toml)"
 	@touch $@
 
 $(VENV)/lint.stamp: $(VENV)/python.stamp pyproject.toml

@@ -33,6 +33,9 @@ _EPILOG = """\
 From text to a model, in this order (`mobilellm VERB --help` has an example for each):
   mobilellm prepare  --input book.txt --vocab_size 2048 --sequence_length 256 \\
       --valid_fraction 0.05 --output data/book
+  mobilellm plan     --config configs/125m.py:h100-8 --topology h100-8
+  mobilellm doctor   --config configs/quickstart.py --workdir runs/book \\
+      --config.data.path=data/book
   mobilellm train    --config configs/quickstart.py --workdir runs/book \\
       --config.data.path=data/book
   mobilellm evaluate --checkpoint runs/book --data data/book

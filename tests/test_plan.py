@@ -14,7 +14,7 @@ from mobilellm_jax.planning import plan as plan_module
 from mobilellm_jax.planning import search as searching
 from mobilellm_jax.planning import topologies
 from mobilellm_jax.planning.plan import make_plan
-from mobilellm_jax.planning.report import Budget, plan_dict, plan_text
+from mobilellm_jax.planning.report import Budget, plan_dict, plan_text, read_plan
 from mobilellm_jax.planning.topologies import PLATFORMS, Chip, Topology, topology
 from mobilellm_jax.training.hardware import PeakFlops
 from mobilellm_jax.training.run_config import default_config, load_config
@@ -90,7 +90,8 @@ def test_cost_is_days_times_chips_times_price(plan):
     assert values["days"] == pytest.approx(seconds / 86_400)
     assert values["cost"] == pytest.approx(seconds / 3600 * 8 * 2.0)
     assert plan_dict(plan, Budget(1e12, None))["predicted"]["network hidden"]["cost"] is None
-    json.dumps(plan_dict(plan, Budget(1e12, 2.0)), allow_nan=False)
+    text = json.dumps(plan_dict(plan, Budget(1e12, 2.0)), allow_nan=False)
+    assert read_plan(json.loads(text)) == plan
 
 
 def test_search_goes_from_the_most_promising_on_and_leaves_the_batch_alone(hardware):
@@ -137,7 +138,7 @@ def test_an_unknown_topology_lists_the_known(name):
         topology(name)
 
 
-@pytest.mark.parametrize(("name", "extra"), [("v5e:2x2", "plan_tpu"), ("h100:8", "cuda")])
+@pytest.mark.parametrize(("name", "extra"), [("v5e:2x2", "tpu"), ("h100:8", "cuda")])
 def test_a_missing_compiler_says_what_to_install(name, extra, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match=rf"pip install '\.\[{extra}\]'"):

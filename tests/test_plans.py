@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PLANS = sorted((ROOT / "docs" / "plans").glob("*/*.json"))
-COMPILERS = {"v5": ("libtpu", "plan_tpu"), "h1": ("jax_cuda13_plugin", "cuda")}
+COMPILERS = {"v5": ("libtpu", "tpu"), "h1": ("jax_cuda13_plugin", "cuda")}
 MEMORY_GROWTH = 1.05
 TRAFFIC_TOLERANCE = 0.01
 

@@ -13,7 +13,7 @@ collective with its bytes. What is modelled from published rates: the time. --co
 changes values as in `mobilellm train`. Exit status: 0 it fits, 3 it does not, 2 a mistake to mend.
 
 hardware:
-  v5e:16x16, v6e:16x16, v5p:8x8x4, v4:4x4x4   TPU slices; needs pip install '.[plan_tpu]'
+  v5e:16x16, v6e:16x16, v5p:8x8x4, v4:4x4x4   TPU slices; needs pip install '.[tpu]'
   h100:8, h200:8, a100:8, h100:8x8            GPUs, or hosts x GPUs; needs pip install '.[cuda]'
 
 examples:

@@ -12,7 +12,6 @@ import time
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from mobilellm_jax.planning.collectives import Collective, collectives, traffic
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import (
@@ -21,6 +20,7 @@ from mobilellm_jax.model.config import (
     matmul_params_per_token,
     train_flops_per_token,
 )
+from mobilellm_jax.planning.collectives import Collective, collectives, traffic
 from mobilellm_jax.planning.topologies import Topology
 from mobilellm_jax.training import run_config
 from mobilellm_jax.training.hardware import peak_flops

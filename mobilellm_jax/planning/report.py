@@ -5,10 +5,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mobilellm_jax.planning.collectives import traffic
-
 from mobilellm_jax.planning import plan as planning
-from mobilellm_jax.planning.plan import Plan
+from mobilellm_jax.planning.collectives import Collective, traffic
+from mobilellm_jax.planning.plan import Memory, Plan, StepTime
 from mobilellm_jax.tables import table
 
 if TYPE_CHECKING:
@@ -53,6 +52,24 @@ def plan_dict(plan: Plan, budget: Budget) -> dict:
             "cost": _cost(plan, budget, seconds),
         }
     return values
+
+
+def read_plan(values: dict) -> Plan:
+    """The plan that `plan_dict` was made of."""
+
+    def known(kind, found):
+        return {field.name: found[field.name] for field in dataclasses.fields(kind)}
+
+    collectives = [
+        Collective(**known(Collective, row) | {"axes": tuple(row["axes"])})
+        for row in values["collectives"]
+    ]
+    parts = {
+        "memory": Memory(**known(Memory, values["memory"])),
+        "step": StepTime(**known(StepTime, values["step"])),
+        "collectives": collectives,
+    }
+    return Plan(**known(Plan, values) | parts)
 
 
 def plan_text(plan: Plan, budget: Budget) -> str:
@@ -157,7 +174,7 @@ def draw(plans: list[tuple[str, Plan]], path: Path) -> None:
     """A bar of memory and a bar of time for every named plan, as PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 1.6 + 0.55 * len(plans)), layout="constrained")
+    figure = Figure(figsize=(11, 1.9 + 0.5 * len(plans)), layout="constrained")
     memory, step = figure.subplots(1, 2, sharey=True)
     names = [name for name, _ in plans]
     _bars(memory, [_memory_parts(plan) for _, plan in plans])
@@ -171,9 +188,10 @@ def draw(plans: list[tuple[str, Plan]], path: Path) -> None:
     memory.invert_yaxis()
     _bars(step, [{} if plan.refused else _shares(plan) for _, plan in plans])
     step.set(xlabel="predicted ms of a step for 1,000 tokens on a chip")
+    below = (0.5, -0.2 - 0.5 / len(plans))
     for axes in (memory, step):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28), ncol=3, frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=below, ncol=3, frameon=False)
     _save(figure, path)
 
 

@@ -171,7 +171,7 @@ def topology(name: str) -> Topology:
 
 def _tpu_devices(name: str, chip: Chip, sizes: list[int]):
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--topology {name} needs the TPU compiler: pip install '.[plan_tpu]'")
+        raise UserError(f"--topology {name} needs the TPU compiler: pip install '.[tpu]'")
     # It must not look for a TPU, its hosts or another process that has one.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

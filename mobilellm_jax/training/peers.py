@@ -139,6 +139,9 @@ class Peers:
             self._leave("at", f"lost contact ({text.splitlines()[0][:200]})", LOST_STATUS)
         elif isinstance(error, UserError):
             self._leave("cause", text, 2)
+        elif isinstance(error, SystemExit):
+            status = error.code if isinstance(error.code, int) else 1
+            self._leave("cause", f"ends with status {status}, see above", status)
         elif isinstance(error, KeyboardInterrupt):
             self._leave("cause", "interrupted", 130)
         traceback.print_exception(error)
@@ -152,16 +155,16 @@ class Peers:
         self._leaving.acquire()  # for good: the process ends
         if kind == "cause":
             self._say(text)
-        missing, others = None, {}
+        missing, causes, others = None, {}, {}
         try:
             self._set(f"end/{kind}/{self.process}", text)
             self._client.wait_at_barrier(_PREFIX + "leave", int(_LEAVE_SECONDS * 1000))
         except jax.errors.JaxRuntimeError as error:
             missing = missing_at_barrier(str(error))
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            others = self._read("end/cause/") or self._read("end/at/")
+            causes, others = self._read("end/cause/"), self._read("end/at/")
         if kind != "cause":
-            self._say(self._explanation(text, missing, others))
+            self._say(self._explanation(text, missing, causes, others))
         sys.stdout.flush()
         if self.process == 0:
             time.sleep(1)  # without its service JAX aborts the others before they have spoken
@@ -171,16 +174,23 @@ class Peers:
         sys.stderr.write(f"error: process {self.process} of {self.num_processes}: {text}\n")
         sys.stderr.flush()
 
-    def _explanation(self, text: str, missing: str | None, others: Mapping[int, str]) -> str:
+    def _explanation(
+        self,
+        text: str,
+        missing: str | None,
+        causes: Mapping[int, str],
+        others: Mapping[int, str],
+    ) -> str:
         lines = [text]
         if missing:
             lines.append(f"no answer from {missing}: killed, frozen or stuck; see its output")
         lines += [
             f"process {process}: {said}"
-            for process, said in sorted(others.items())
+            for process, said in sorted((causes or others).items())
             if process != self.process
         ][:_FEW]
-        lines.append("run the same command again to go on from the newest checkpoint")
+        if not causes:
+            lines.append("run the same command again to go on from the newest checkpoint")
         return "\n  ".join(lines)
 
     # The thread.

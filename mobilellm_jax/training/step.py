@@ -104,6 +104,9 @@ def make_train_step(
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
         weights = cast_for_compute(state.params, execution.dtype)
         if gather == "step":
+            if execution.dtype != "float32":
+                # Else XLA may gather in fp32 and cast afterwards.
+                weights = jax.lax.optimization_barrier(weights)
             weights = _lay_out(weights, config, whole=True)
         sum_and_grad = jax.value_and_grad(loss_sum)
 
