@@ -97,7 +97,7 @@ def cudnn_attention(
 
     cuDNN's own way to pack documents, by offsets, is silently wrong with grouped heads in jax
     0.10.2 (jax issue 39521). The mask is the same for all layers and is kept once: 16 MB per row of
-    2048 tokens, a third of what attention by XLA takes on top.
+    2048 tokens, a quarter of what attention by XLA takes on top.
     """
     mask = None
     if segment_ids_BT is not None:

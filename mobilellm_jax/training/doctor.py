@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import importlib.metadata
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -118,16 +120,13 @@ class Examination:
 
     def versions(self) -> Finding:
         """Of what computes, and whether all processes have the same and the same config."""
-        import sys
-
         import jax
-        import jaxlib
 
         import mobilellm_jax
 
         text = (
             f"mobilellm_jax {mobilellm_jax.__version__}, jax {jax.__version__}, jaxlib "
-            f"{jaxlib.__version__}, Python {sys.version.split()[0]}"
+            f"{importlib.metadata.version('jaxlib')}, Python {sys.version.split()[0]}"
         )
         return Finding("ok", text)
 
@@ -251,6 +250,4 @@ def _leaves(program) -> list:
 
 
 def _machine_memory() -> int:
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -9,6 +9,7 @@ own steps, by the key-value store and the barriers of JAX's coordination service
 """
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import re
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import jaxlib
 from jax._src import distributed
 
 import mobilellm_jax
@@ -252,7 +252,7 @@ def _surroundings() -> dict[str, Any]:
         "version": {
             "mobilellm_jax": mobilellm_jax.__version__,
             "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__,
+            "jaxlib": importlib.metadata.version("jaxlib"),
         },
         "devices": {"kind": device.device_kind, "per process": jax.local_device_count()},
     }
