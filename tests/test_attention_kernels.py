@@ -194,7 +194,7 @@ def gpu():
     try:
         device = jax.devices("gpu")[0]
     except RuntimeError:
-        pytest.skip("no GPU that jax can use here: cuDNN's attention cannot be run")
+        pytest.skip("no GPU among the platforms of these tests: cuDNN's attention cannot be run")
     choose_attention("cudnn", device, dtype="bfloat16", head_dim=H, num_tokens=128)
     with jax.default_device(device):
         yield device

@@ -70,6 +70,10 @@ def project(x_BTD: jax.Array, weight_DF: jax.Array, axes: tuple[str, str]) -> ja
       weight_DF: as stored.
       axes: its logical axes.
     """
+    return _product(x_BTD, weight_DF, axes)
+
+
+def _product(x_BTD, weight_DF, axes):
     return jnp.einsum("BTD,DF->BTF", x_BTD, _for_use(weight_DF, axes, x_BTD.dtype))
 
 
@@ -78,7 +82,8 @@ def _for_use(weight_DF, axes, dtype):
 
 
 def _project_forward(x_BTD, weight_DF, axes):
-    return project(x_BTD, weight_DF, axes), (x_BTD, weight_DF)
+    # Not by `project`: a checkpoint policy that keeps products must see one.
+    return _product(x_BTD, weight_DF, axes), (x_BTD, weight_DF)
 
 
 def _project_backward(axes, residuals, d_out_BTF):

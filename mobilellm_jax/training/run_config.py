@@ -60,11 +60,12 @@ def default_config(preset: str = "125m") -> ml_collections.ConfigDict:
     config.execution = ml_collections.ConfigDict()
     # "auto" is bfloat16 on GPUs and TPUs and float32 on CPUs; master weights are always float32.
     config.execution.dtype = "auto"
-    # What the backward pass recomputes: "none", "dots" or "full".
+    # What the backward pass computes again: "none", "dots" (all but products and attention),
+    # "attention" (all but attention) or "full".
     config.execution.remat = "none"
     # Faster steps on GPUs, slower compilation; the saved weights do not depend on it.
     config.execution.unroll_layers = False
-    # "auto", "xla" or "cudnn".
+    # "auto", "xla", "cudnn" (NVIDIA) or "splash" (TPU).
     config.execution.attention = "auto"
 
     # Devices along each axis; -1 takes what the others leave. The batch is split over data x fsdp.
