@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from model_cases import tiny
 
-from mobilellm_jax.training import sharding
-from mobilellm_jax.training.loss import cross_entropy_sum, num_slices
+from mobilellm_jax.model.vocabulary import make_table
+from mobilellm_jax.training import loss, sharding
+from mobilellm_jax.training.loss import num_slices
 from mobilellm_jax.training.run_config import default_config
 
 RTOL = 1e-5
@@ -20,6 +21,12 @@ HIDDEN = jnp.asarray(RNG.normal(size=(B, T, D)), jnp.float32)
 HEAD = jnp.asarray(RNG.normal(size=(V, D)), jnp.float32)
 TARGETS = jnp.asarray(RNG.integers(0, V, (B, T)))
 WEIGHTS = jnp.asarray(RNG.random((B, T)) * (RNG.random((B, T)) > 0.3), jnp.float32)
+
+
+def cross_entropy_sum(hidden, head_VD, targets, weights, slices):
+    return loss.cross_entropy_sum(
+        hidden, make_table(head_VD, hidden.dtype), targets, weights, slices
+    )
 
 
 def plain_loss(hidden, head):

@@ -45,18 +45,6 @@ def in_use(axes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple("act_embed" if axis == "embed" else axis for axis in axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gathered(weight: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """A stored weight for use; its gradient is summed up into parts that lie as the weight does."""
-    return constrain(weight, in_use(axes))
-
-
-gathered.defvjp(
-    lambda weight, axes: (gathered(weight, axes), None),
-    lambda axes, _, d_weight: (constrain(d_weight, axes),),
-)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def project(x_BTD: jax.Array, weight_DF: jax.Array, axes: tuple[str, str]) -> jax.Array:
     """`x @ weight` in the dtype of x.

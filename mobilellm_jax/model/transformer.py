@@ -115,10 +115,17 @@ class MobileLLM(nn.Module):
         return self.logits(self.hidden_states(tokens_BT, segment_ids_BT))
 
     def hidden_states(
-        self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        embedded_BTD: jax.Array | None = None,
     ) -> jax.Array:
-        """What the head is applied to, `[B, T, D]`: for losses that never hold all logits."""
-        x_BTD, _ = self._run(tokens_BT, segment_ids_BT=segment_ids_BT)
+        """What the head is applied to, `[B, T, D]`: for losses that never hold all logits.
+
+        Args:
+          embedded_BTD: what `vocabulary.look_up` found for the tokens; None looks it up here.
+        """
+        x_BTD, _ = self._run(tokens_BT, segment_ids_BT=segment_ids_BT, embedded_BTD=embedded_BTD)
         return x_BTD
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -171,6 +178,7 @@ class MobileLLM(nn.Module):
         segment_ids_BT: jax.Array | None = None,
         cache: KVCache | None = None,
         collect_key_values: bool = False,
+        embedded_BTD: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValue | None]:
         """Embeds, runs all visits and the final norm; key/values are `[L, R', B, K, T, H]`."""
         c = self.config
@@ -182,8 +190,9 @@ class MobileLLM(nn.Module):
             segment_ids=segment_ids_BT,
             cache_lengths=None if cache is None else cache.lengths,
         )
-        with jax.named_scope("embed"):
-            x_BTD = self.embedding[tokens_BT].astype(self.execution.dtype)
+        if embedded_BTD is None:
+            embedded_BTD = self.embedding[tokens_BT]
+        x_BTD = embedded_BTD.astype(self.execution.dtype)
         x_BTD = constrain(x_BTD, ("batch", "seq", "act_embed"))
         held = None if cache is None else KeyValue(cache.keys, cache.values)
         x_BTD, fresh = self._run_blocks(x_BTD, context, held, collect_key_values)

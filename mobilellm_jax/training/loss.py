@@ -12,15 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from mobilellm_jax.model.layers import constrain
+from mobilellm_jax.model.vocabulary import Table
 
 # Logits held at a time by one device, in elements (256 MB in fp32).
 _MAX_LOGITS = 64 * 1024 * 1024
-
-
-def batch_shards() -> int:
-    """Parts that the rows of a batch are split into on the mesh in force; 1 without a mesh."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    return shape.get("data", 1) * shape.get("fsdp", 1)
 
 
 def num_slices(batch_size: int, seq_len: int, vocab_size: int, shards: int) -> int:
@@ -35,7 +30,7 @@ def num_slices(batch_size: int, seq_len: int, vocab_size: int, shards: int) -> i
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy_sum(
     hidden_BTD: jax.Array,
-    head_VD: jax.Array,
+    head: Table,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     slices: int,
@@ -44,14 +39,13 @@ def cross_entropy_sum(
 
     Args:
       hidden_BTD: inputs of the head; their dtype is the dtype of the matrix products.
-      head_VD: output embedding, one row a token of the vocabulary.
+      head: output embedding, one row a token of the vocabulary, in the same dtype.
       targets_BT: int token ids.
       weights_BT: fp32; 0 leaves a token out.
       slices: number of parts, dividing T, in which the logits are computed.
     """
-    head_VD = head_VD.astype(hidden_BTD.dtype)
     total, _ = lax.scan(
-        lambda total, part: (total + _slice_loss(head_VD, *part)[0], None),
+        lambda total, part: (total + _slice_loss(head.values, *part)[0], None),
         jnp.float32(0),
         _sequence_slices(slices, hidden_BTD, targets_BT, weights_BT),
     )
@@ -81,23 +75,18 @@ def _slice_loss(head_VD, hidden_BCD, targets_BC, weights_BC):
     return jnp.sum((normalizer_BC - of_target_BC) * weights_BC), logits, normalizer_BC
 
 
-def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, slices):
+def _forward(hidden_BTD, head, targets_BT, weights_BT, slices):
+    head_VD, P = head.values, head.parts.shape[0]
     vocab = lax.iota(jnp.int32, head_VD.shape[0])
-    compute_head_VD = head_VD.astype(hidden_BTD.dtype)
-    # The head's gradient is summed up separately for each part of the batch (P of them) and over
-    # the parts only once, after the scan: else every slice would end in an all-reduce of V x D.
-    P = batch_shards()
-    if hidden_BTD.shape[0] % P:
-        P = 1
 
     def one_slice(carry, part):
         total, d_head_PDV = carry
         hidden, targets, weights = part
-        loss, logits, normalizer = _slice_loss(compute_head_VD, hidden, targets, weights)
+        loss, logits, normalizer = _slice_loss(head_VD, hidden, targets, weights)
         probabilities = jnp.exp(logits - normalizer[..., None])
         is_target = targets[..., None] == vocab[None, None, :]
         d_logits = ((probabilities - is_target) * weights[..., None]).astype(hidden.dtype)
-        d_hidden = jnp.einsum("BCV,VD->BCD", d_logits, compute_head_VD)
+        d_hidden = jnp.einsum("BCV,VD->BCD", d_logits, head_VD)
         # [D, V], so that XLA on CPU has the hidden states to transpose and not the logits.
         d_head_PDV += jnp.einsum(
             "PRCD,PRCV->PDV",
@@ -113,8 +102,8 @@ def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, slices):
     d_hidden_BTD = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden_BTD.shape)
     # The barrier keeps XLA from folding the transposition into the product, in a form that its CPU
     # backend does not have for bf16 (jaxlib 0.10.2: "Unsupported element type for DotThunk").
-    d_head_DV = lax.optimization_barrier(d_head_PDV.sum(axis=0))
-    return total, (d_hidden_BTD, d_head_DV.T.astype(head_VD.dtype))
+    d_head_PVD = lax.optimization_barrier(d_head_PDV).swapaxes(1, 2)
+    return total, (d_hidden_BTD, constrain(d_head_PVD, ("batch", "vocab", "act_embed")))
 
 
 def _by_part(d_head_PDV):
@@ -122,14 +111,10 @@ def _by_part(d_head_PDV):
 
 
 def _backward(slices, residuals, d_total):
-    d_hidden_BTD, d_head_VD = residuals
+    d_hidden_BTD, d_head_PVD = residuals
     scale = d_total.astype(jnp.float32)
-    return (
-        (d_hidden_BTD * scale).astype(d_hidden_BTD.dtype),
-        (d_head_VD * scale).astype(d_head_VD.dtype),
-        None,
-        None,
-    )
+    d_hidden_BTD = (d_hidden_BTD * scale).astype(d_hidden_BTD.dtype)
+    return d_hidden_BTD, Table(None, d_head_PVD * scale), None, None
 
 
 cross_entropy_sum.defvjp(_forward, _backward)

@@ -21,6 +21,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 # the master weights and the optimizer state; `tensor` splits heads, ffn and vocabulary.
 RULES = (
     ("batch", ("data", "fsdp")),
+    ("replicas", "data"),
     ("seq", None),
     ("act_embed", None),
     ("act_heads", "tensor"),

@@ -7,9 +7,10 @@ import optax
 from jax.sharding import PartitionSpec
 
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model.layers import constrain, gathered, in_use
+from mobilellm_jax.model.layers import constrain, in_use
 from mobilellm_jax.model.transformer import Execution, MobileLLM, logical_axes
-from mobilellm_jax.training.loss import batch_shards, cross_entropy_sum, num_slices
+from mobilellm_jax.model.vocabulary import batch_shards, look_up, make_table
+from mobilellm_jax.training.loss import cross_entropy_sum, num_slices
 
 
 @flax.struct.dataclass
@@ -39,18 +40,19 @@ def loss_sum(
     Args:
       batch: "inputs", "targets", "segment_ids" (int32 `[B, T]`) and "loss_weights" (fp32).
     """
-    axes = logical_axes(config)
-    for name in ("embedding", "head"):
-        if name in params:
-            params = params | {name: gathered(params[name], tuple(axes[name]))}
     model = MobileLLM(config, execution)
     segment_ids = batch["segment_ids"] if mask_documents else None
-    hidden = model.apply({"params": params}, batch["inputs"], segment_ids, method="hidden_states")
-    head_VD = params["embedding"] if config.tie_embeddings else params["head"].T
+    embedding = make_table(params["embedding"], execution.dtype)
+    head = embedding if config.tie_embeddings else make_table(params["head"].T, execution.dtype)
+    with jax.named_scope("embed"):
+        embedded = look_up(embedding, batch["inputs"])
+    hidden = model.apply(
+        {"params": params}, batch["inputs"], segment_ids, embedded, method="hidden_states"
+    )
     with jax.named_scope("loss"):
         return cross_entropy_sum(
             hidden,
-            head_VD,
+            head,
             batch["targets"],
             batch["loss_weights"],
             num_slices(*batch["targets"].shape, config.vocab_size, batch_shards()),
@@ -60,10 +62,10 @@ def loss_sum(
 def cast_for_compute(params: dict, dtype: str) -> dict:
     """Matrices in the compute dtype, once per step.
 
-    Norms stay fp32, they are tiny; so does the embedding, whose gradient is a sum over all places
-    where a token stands (a bf16 sum of ones ends at 256).
+    Norms stay fp32, they are tiny; so do embedding and head, which `vocabulary` casts: their
+    gradients are sums over all places where a token stands (a bf16 sum of ones ends at 256).
     """
-    keep = ("scale", "embedding")
+    keep = ("scale", "embedding", "head")
     return jax.tree.map_with_path(
         lambda path, p: p if path[-1].key in keep else p.astype(dtype), params
     )
@@ -73,7 +75,9 @@ def _lay_out(weights: dict, config: ModelConfig, *, whole: bool) -> dict:
     """Weights or gradients as they are stored, or whole along `embed`."""
 
     def lay_out(axes, weight):
-        return constrain(weight, in_use(tuple(axes)) if whole else tuple(axes))
+        # First as stored, or XLA carries the whole layout back through the cast and gathers fp32.
+        weight = constrain(weight, tuple(axes))
+        return constrain(weight, in_use(tuple(axes))) if whole else weight
 
     is_axes = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
     return jax.tree.map(lay_out, logical_axes(config), weights, is_leaf=is_axes)
@@ -104,10 +108,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
         weights = cast_for_compute(state.params, execution.dtype)
         if gather == "step":
-            if execution.dtype != "float32":
-                # Else XLA may gather in fp32 and cast afterwards.
-                weights = jax.lax.optimization_barrier(weights)
-            weights = _lay_out(weights, config, whole=True)
+            tables = {name: weights[name] for name in ("embedding", "head") if name in weights}
+            weights = _lay_out(weights, config, whole=True) | tables
         sum_and_grad = jax.value_and_grad(loss_sum)
 
         def add_microbatch(total, microbatch):
