@@ -136,6 +136,8 @@ def _slow_prepare(tmp_path, model):
             stderr=errors,
             text=True,
             start_new_session=True,
+            # As in a terminal; in the background of a script SIGINT is ignored, and inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         ) as process,
     ):
         try:
