@@ -188,7 +188,7 @@ def draw(plans: list[tuple[str, Plan]], path: Path) -> None:
     memory.invert_yaxis()
     _bars(step, [{} if plan.refused else _shares(plan) for _, plan in plans])
     step.set(xlabel="predicted ms of a step for 1,000 tokens on a chip")
-    below = (0.5, -0.2 - 0.5 / len(plans))
+    below = (0.5, -0.6 / (0.5 * len(plans) + 0.4))
     for axes in (memory, step):
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="upper center", bbox_to_anchor=below, ncol=3, frameon=False)
