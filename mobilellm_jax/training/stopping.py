@@ -69,13 +69,15 @@ class StopRequest:
         """
         if jax.process_count() == 1:
             return self.requested
+        # Before the notice goes out: the step that JAX proposes follows the last one it was told of.
+        agreed = multihost_utils.reached_preemption_sync_point(step)
         if self.requested and not self._told:
             self._told = True
             # What JAX's own handler of SIGTERM does, at most a second later and for SIGTERM only.
             now = datetime.datetime.now(datetime.UTC).isoformat()
             client = distributed.global_state.client
             client.key_value_set("RECEIVED_PREEMPTION_NOTICE", now, allow_overwrite=True)
-        return multihost_utils.reached_preemption_sync_point(step)
+        return agreed
 
 
 @contextlib.contextmanager
