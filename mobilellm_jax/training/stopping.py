@@ -69,7 +69,7 @@ class StopRequest:
         """
         if jax.process_count() == 1:
             return self.requested
-        # Before the notice goes out: the step that JAX proposes follows the last one it was told of.
+        # Before the notice goes out: JAX proposes a step after the last one that it was told of.
         agreed = multihost_utils.reached_preemption_sync_point(step)
         if self.requested and not self._told:
             self._told = True
