@@ -103,9 +103,11 @@ def test_lost_records_are_noticed_when_a_shard_is_closed(tmp_path, model, monkey
 
 
 _SLOW_PREPARE = """
-import sys, time
+import signal, sys, time
 from mobilellm_jax.data import prepare, sources, splits
 if __name__ == "__main__":
+    # As in a terminal: in the background of a script SIGINT is ignored, and that is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     real = sources.Source.documents
     def slow(self, *args):
         for number, document in enumerate(real(self, *args)):
@@ -136,8 +138,6 @@ def _slow_prepare(tmp_path, model):
             stderr=errors,
             text=True,
             start_new_session=True,
-            # As in a terminal; in the background of a script SIGINT is ignored, and inherited.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         ) as process,
     ):
         try:
