@@ -101,7 +101,7 @@ def test_every_sharing_order_trains_sharded(name, gather, devices):
     model = dataclasses.replace(ALL_KINDS[name], vocab_size=56)
     mesh = (4, 2, 1) if model.num_kv_heads == 1 else (2, 2, 2)
     config = run_config(model, mesh, gather, remat="dots")
-    config.train.accumulation_steps = 2
+    config.train.accumulation_steps = mesh[2]  # as many as there are rows for
     _, losses = train(make_program(config))
     _, expected = train(make_program(run_config(model), devices[:1]))
     np.testing.assert_allclose(losses, expected, atol=LOSS_ATOL)
