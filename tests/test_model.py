@@ -64,7 +64,8 @@ def test_execution_changes_neither_logits_nor_gradients(config):
     value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     expected = value_and_grad(params, Execution())
     for execution in (
-        Execution(unroll_layers=True),
+        Execution(remat="none"),
+        Execution(remat="none", unroll_layers=True),
         Execution(remat="full"),
         Execution(remat="dots", unroll_layers=True),
     ):

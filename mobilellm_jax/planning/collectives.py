@@ -1,21 +1,19 @@
 """What moves between chips: read out of a compiled program, and derived from the model.
 
-The text of a compiled program (`compiled.as_text()`) lists every collective with its shapes, its
-groups of devices and the loops around it. The forms read here are those that XLA's CPU, GPU and TPU
-compilers print (jaxlib 0.10.2, libtpu 0.0.48); names are XLA's, see
-openxla.org/xla/operation_semantics.
+A compiled program lists every collective with its shapes, its groups of devices and the loops
+around it (`planning.hlo`).
 """
 
 import dataclasses
 import math
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.planning.hlo import Instruction, parse, trip_count
 
 _OPERATIONS = (
     "all-reduce",
@@ -140,20 +138,6 @@ def expected_collectives(
     return found
 
 
-class _Instruction(NamedTuple):
-    opcode: str
-    shape: str
-    rest: str  # operands and attributes
-
-    def attribute(self, pattern: str) -> str | None:
-        found = re.search(pattern, self.rest)
-        return found and found[1]
-
-    @property
-    def operands(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+)", self.rest.partition(")")[0])
-
-
 def collectives(hlo_text: str, mesh: Mesh) -> list[Collective]:
     """Every collective of a compiled program, in the order of the program.
 
@@ -167,7 +151,7 @@ def collectives(hlo_text: str, mesh: Mesh) -> list[Collective]:
       hlo_text: `compiled.as_text()`.
       mesh: that the program was compiled for; its devices in flat order are XLA's 0, 1, 2...
     """
-    computations, entry = _parse(hlo_text)
+    computations, entry = parse(hlo_text)
     found = []
     for instruction, count, fused_by in _walk(computations, entry, 1, set()):
         groups = _groups(instruction, mesh.size)
@@ -184,26 +168,9 @@ def collectives(hlo_text: str, mesh: Mesh) -> list[Collective]:
     return found
 
 
-def _parse(hlo_text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
-    """Computations by name, each its instructions by name ("ROOT" is the last), and the entry."""
-    computations, entry, current = {}, "", {}
-    for line in hlo_text.splitlines():
-        if line[:1] not in (" ", "") and line.endswith("{"):
-            name = re.match(r"(ENTRY )?%?([\w.\-]+)", line)
-            current = computations[name[2]] = {}
-            entry = name[2] if name[1] else entry
-        elif found := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)", line):
-            instruction = _Instruction(found[4], found[3], found[5])
-            current[found[2]] = instruction
-            if found[1]:
-                current["ROOT"] = instruction
-    assert entry, "not the text of an HLO module"
-    return computations, entry
-
-
 def _walk(
     computations, name: str, times: int, started: set[str]
-) -> Iterator[tuple[_Instruction, int, str]]:
+) -> Iterator[tuple[Instruction, int, str]]:
     """Collectives under a computation, how often each runs, and the fusion that it is in or "".
 
     On TPU one collective appears in the fusion that starts it, in those that advance it beside
@@ -218,7 +185,7 @@ def _walk(
             yield instruction, times, ""
         elif opcode == "while":
             body = instruction.attribute(r"body=%?([\w.\-]+)")
-            rounds = _trip_count(computations, computations[name], instruction)
+            rounds = trip_count(computations, computations[name], instruction)
             yield from _walk(computations, body, times * rounds, started)
         elif opcode in _CALLS:
             called = instruction.rest.partition(")")[2].partition("metadata=")[0]
@@ -236,42 +203,13 @@ def _walk(
                     started.add(channel)
 
 
-def _trip_count(computations, around: dict[str, _Instruction], loop: _Instruction) -> int:
-    """Rounds of a loop: as XLA noted it, else (TPU) from its start, bound and step."""
-    if known := loop.attribute(r'known_trip_count":\{"n":"(\d+)"'):
-        return int(known)
-    condition = computations[loop.attribute(r"condition=%?([\w.\-]+)")]
-    body = computations[loop.attribute(r"body=%?([\w.\-]+)")]
-    compare = condition["ROOT"]
-    assert compare.opcode == "compare" and "direction=LT" in compare.rest, compare
-    counter, bound = compare.operands
-    index = int(condition[counter].attribute(r"index=(\d+)"))
-    start = _constant(around, around[loop.operands[0]].operands[index]) or 0
-    stop = _constant(condition, bound)
-    addends = body[body["ROOT"].operands[index]].operands
-    step = next(filter(None, (_constant(body, name) for name in addends)), None)
-    assert stop is not None and step is not None, loop
-    return math.ceil((stop - start) / step)
-
-
-def _constant(computation: dict[str, _Instruction], name: str) -> int | None:
-    instruction = computation[name]
-    while instruction.opcode in ("copy", "bitcast", "convert"):
-        instruction = computation[instruction.operands[0]]
-    if instruction.opcode != "constant":
-        return None
-    return int(instruction.rest.partition(")")[0])
-
-
-def _whole(instruction: _Instruction, operation: str, n: int) -> tuple[str, int]:
+def _whole(instruction: Instruction, operation: str, n: int) -> tuple[str, int]:
     """XLA's type of most of the tensors' bytes and all their bytes, told by the result's shape."""
     asynchronous = instruction.opcode.endswith("-start")
     sizes = {}
-    for dtype, dims in re.findall(r"\b([a-z]+\d\w*|pred)\[([\d,]*)\]", instruction.shape):
+    for dtype, dims, size in instruction.arrays:
         if operation == "collective-permute" and asynchronous and not dims:
             continue  # TPU: semaphores
-        bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
-        size = math.prod(int(dim) for dim in dims.split(",") if dim) * bits // 8
         sizes[dtype] = sizes.get(dtype, 0) + size
     total = sum(sizes.values())
     if asynchronous and operation != "all-reduce":
@@ -284,7 +222,7 @@ def _whole(instruction: _Instruction, operation: str, n: int) -> tuple[str, int]
     return max(sizes, key=sizes.get), total
 
 
-def _groups(instruction: _Instruction, num_devices: int) -> list[frozenset[int]]:
+def _groups(instruction: Instruction, num_devices: int) -> list[frozenset[int]]:
     """The sets of devices that exchange data among themselves, from any of XLA's notations."""
     text = instruction.rest
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", text):
@@ -354,7 +292,7 @@ def _axes(groups: list[frozenset[int]], mesh: Mesh) -> tuple[str, ...]:
     )
 
 
-def _place(instruction: _Instruction) -> str:
+def _place(instruction: Instruction) -> str:
     """The end of JAX's name stack, without what JAX's transformations put into it."""
     names = instruction.attribute(r'op_name="([^"]*)"') or ""
     backward = "backward " if "transpose(" in names else ""

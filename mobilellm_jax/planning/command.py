@@ -96,6 +96,7 @@ def _flags(plan) -> str:
     values |= {
         "mesh.gather": plan.settings["gather"],
         "execution.remat": plan.settings["remat"],
+        "execution.unroll_layers": plan.settings["unroll_layers"],
         "train.accumulation_steps": plan.settings["accumulation_steps"],
     }
     return " ".join(f"--config.{key}={value}" for key, value in values.items())

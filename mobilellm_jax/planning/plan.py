@@ -20,6 +20,7 @@ from mobilellm_jax.model.config import (
     matmul_params_per_token,
     train_flops_per_token,
 )
+from mobilellm_jax.model.transformer import Execution
 from mobilellm_jax.planning.collectives import Collective, collectives, traffic
 from mobilellm_jax.planning.topologies import Topology
 from mobilellm_jax.training import run_config
@@ -40,6 +41,13 @@ _BYTES_PER_LOGIT = 16
 _BYTES_PER_UPDATE = 28
 # Forward passes done again by the backward pass.
 _RECOMPUTED = {"none": 0.0, "dots": 0.1, "attention": 0.8, "full": 1.0}
+# Elements kept of a token and a visit of a block for the backward pass, in units of the widths
+# (embedding, feed-forward): what benchmarks/compiled_traffic.py shows for 125m.
+_KEPT = {"none": (22, 8), "dots": (5, 2), "attention": (2, 0), "full": (1, 0)}
+_KEPT_UNROLLED = (7, 3)
+# A scan over layers keeps them in stacks: written twice on the way in, read and written on the way
+# out.
+_STACK_MOVES = 4
 
 _KERNELS = {
     "cudnn": r"__cudnn\$fmha",
@@ -236,7 +244,7 @@ def step_time(
     *,
     tokens_per_chip: float,
     sequence_length: int,
-    execution,
+    execution: Execution,
     found: list[Collective],
 ) -> StepTime:
     """The time model: published rates of the chip, times the shares assumed above."""
@@ -250,6 +258,8 @@ def step_time(
     width = 4 if execution.dtype == "float32" else 2
     moved = _MOVED_EMBED * model.embed_dim + _MOVED_FFN * model.ffn_dim
     elementwise = 3 * again * model.depth * width * moved
+    if not execution.unroll_layers:
+        elementwise += _STACK_MOVES * kept_bytes(model, execution)
     logits = _BYTES_PER_LOGIT * model.vocab_size / mesh.shape["tensor"]
     shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
     network = {}
@@ -265,6 +275,14 @@ def step_time(
         optimizer=count_params(model) * _BYTES_PER_UPDATE / shards / chip.memory_bandwidth,
         network=network,
     )
+
+
+def kept_bytes(model: ModelConfig, execution: Execution) -> int:
+    """Bytes per token that all visits of blocks keep for the backward pass, roughly."""
+    unrolled = execution.unroll_layers and execution.remat in ("none", "dots")
+    embed, ffn = _KEPT_UNROLLED if unrolled else _KEPT[execution.remat]
+    width = 4 if execution.dtype == "float32" else 2
+    return model.depth * width * (embed * model.embed_dim + ffn * model.ffn_dim)
 
 
 def _bandwidth(collective: Collective, hardware: Topology, mesh: jax.sharding.Mesh) -> float:

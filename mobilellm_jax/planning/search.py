@@ -9,20 +9,25 @@ from ml_collections import ConfigDict
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig, count_params
-from mobilellm_jax.planning.plan import Plan, make_plan, step_time
+from mobilellm_jax.model.transformer import Execution
+from mobilellm_jax.planning.plan import Plan, kept_bytes, make_plan, step_time
 from mobilellm_jax.planning.topologies import Topology
 from mobilellm_jax.training import run_config
+from mobilellm_jax.training.hardware import compute_dtype
 from mobilellm_jax.training.program import resolved_execution
 from mobilellm_jax.training.sharding import make_mesh, mesh_shapes
 
-# Bytes kept of a token and a visit of a block for the backward pass, by rematerialisation, in units
-# of the widths (embedding, feed-forward) and of two bytes: what compiled plans of 125m showed.
-_KEPT = {"none": (22, 8), "dots": (7, 3), "attention": (3, 1), "full": (1, 0)}
+# What is tried of (remat, unroll_layers). Unrolled layers keep little by themselves, but the
+# compiler of TPUs takes minutes for them.
+_EXECUTIONS = {
+    "cuda": (("none", True), ("dots", False), ("attention", False), ("full", False)),
+    "tpu": (("dots", False), ("attention", False), ("full", False)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Settings to try, and the time model's opinion of them without a network."""
+    """Settings to try, and the time model's opinion of them with a rough count of the network."""
 
     changes: dict
     seconds: float
@@ -65,21 +70,24 @@ def candidates(config: ConfigDict, hardware: Topology, sequence_length: int) -> 
     """
     model, found = run_config.model_config(config), {}
     batch = config.train.global_batch_size
+    dtype = compute_dtype(config.execution.dtype, hardware.chip.platform)
     for shape in mesh_shapes(len(hardware.devices), model):
         parts = shape[0] * shape[1]
         if batch % parts or shape[1] > 64 or shape[2] > 8:
             continue
         gathers = ("step", "layer") if shape[1] > 1 else ("step",)
         steps = [n for n in range(1, batch // parts + 1) if (batch // parts) % n == 0]
-        for gather, remat, accumulation in itertools.product(gathers, _KEPT, steps):
+        executions = _EXECUTIONS[hardware.chip.platform]
+        for gather, (remat, unroll), accumulation in itertools.product(gathers, executions, steps):
             changes = {
                 "mesh": dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
                 | {"gather": gather},
-                "execution": {"remat": remat},
+                "execution": {"remat": remat, "unroll_layers": unroll},
                 "train": {"accumulation_steps": accumulation},
             }
             tokens = batch // parts // accumulation * sequence_length
-            if _rough_memory(model, shape, gather, remat, tokens) > hardware.chip.memory_bytes:
+            execution = Execution(dtype=dtype, remat=remat, unroll_layers=unroll)
+            if _rough_memory(model, shape, gather, execution, tokens) > hardware.chip.memory_bytes:
                 continue
             key = (shape, gather)
             candidate = _candidate(config, hardware, sequence_length, changes)
@@ -125,14 +133,13 @@ def _candidate(config, hardware, sequence_length, changes) -> Candidate:
     return Candidate(changes, step.compute + sent / rate)
 
 
-def _rough_memory(model: ModelConfig, shape, gather: str, remat: str, tokens: int) -> float:
+def _rough_memory(model: ModelConfig, shape, gather: str, execution, tokens: int) -> float:
     """Bytes: state, whole weights and gradients, what the backward pass needs, logits."""
     _, fsdp, tensor = shape
     params = count_params(model)
     state = 16 * params / (fsdp * tensor)
     whole = 4 * (params if gather == "step" else model.vocab_size * model.embed_dim) / tensor
-    embed, ffn = _KEPT[remat]
-    kept = 2 * (embed * model.embed_dim + ffn * model.ffn_dim) * model.depth * tokens / tensor
+    kept = kept_bytes(model, execution) * tokens / tensor
     return 0.8 * (state + whole + kept)
 
 

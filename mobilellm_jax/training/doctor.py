@@ -236,7 +236,7 @@ class Examination:
             return Finding(
                 "FAIL",
                 f"{text}; raise config.train.accumulation_steps, or set config.execution.remat to "
-                "'dots' or 'full'",
+                "'attention' or 'full'",
             )
         if needed > 0.9 * limit:
             return Finding("warn", f"{text}: tight")

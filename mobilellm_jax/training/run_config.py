@@ -60,9 +60,9 @@ def default_config(preset: str = "125m") -> ml_collections.ConfigDict:
     config.execution = ml_collections.ConfigDict()
     # "auto" is bfloat16 on GPUs and TPUs and float32 on CPUs; master weights are always float32.
     config.execution.dtype = "auto"
-    # What the backward pass computes again: "none", "dots" (all but products and attention),
-    # "attention" (all but attention) or "full".
-    config.execution.remat = "none"
+    # What the backward pass computes again: "dots" (all but products and attention), "attention"
+    # (all but attention), "full", or "none", which pays with unrolled layers only.
+    config.execution.remat = "dots"
     # Faster steps on GPUs, slower compilation; the saved weights do not depend on it.
     config.execution.unroll_layers = False
     # "auto", "xla", "cudnn" (NVIDIA) or "splash" (TPU).

@@ -50,7 +50,7 @@ def memory_errors() -> Iterator[None]:
         raise UserError(
             f"a device is out of memory ({str(error).splitlines()[0]}): raise "
             "config.train.accumulation_steps, lower config.train.global_batch_size, or set "
-            "config.execution.remat to 'dots' or 'full'"
+            "config.execution.remat to 'attention' or 'full'"
         ) from error
 
 
