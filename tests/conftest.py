@@ -11,6 +11,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # transformers copies the code of compact folders to a place of its own: here, not the user's.
 _HF_MODULES = tempfile.TemporaryDirectory(prefix="hf_modules_")
 os.environ["HF_MODULES_CACHE"] = _HF_MODULES.name
+# So does JAX with compiled programs.
+_CACHES = tempfile.TemporaryDirectory(prefix="caches_")
+os.environ["XDG_CACHE_HOME"] = _CACHES.name
 # JAX_PLATFORMS=cpu,cuda lets the tests of cuDNN's attention run where there is a GPU.
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -258,3 +258,24 @@ def test_an_interrupted_run_may_be_lengthened(home):
     longer = run(home, "longer", "--config.train.num_steps=6")
     assert longer.returncode == 0 and "resuming from step 4" in longer.stdout
     assert load_checkpoint(home / "longer").metadata["step"] == 6
+
+
+def test_compiled_programs_outlive_a_run_and_damaged_ones_cost_time_only(home):
+    """In a cache of the user's own, wherever JAX_COMPILATION_CACHE_DIR does not name another."""
+    caches = {"XDG_CACHE_HOME": str(home / "caches")}
+    everything = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def train(name):
+        return subprocess.run(
+            command(home, name),
+            env=ENVIRONMENT | caches | everything,
+            capture_output=True,
+            text=True,
+        )
+
+    assert train("compiles").returncode == 0
+    (kept,) = (home / "caches" / "mobilellm_jax" / "compiled").glob("jit_train_step-*-cache")
+    kept.write_bytes(kept.read_bytes()[:-1000])
+    again = train("compiles_again")
+    assert again.returncode == 0 and "Error reading persistent compilation cache" in again.stderr
+    assert weights_hash(home / "compiles_again") == weights_hash(home / "whole")

@@ -41,6 +41,7 @@ def main(args: argparse.Namespace) -> None:
     """Prints the figures."""
     import jax
 
+    from mobilellm_jax.compilation_cache import use_compilation_cache
     from mobilellm_jax.evaluation import perplexity
     from mobilellm_jax.loading import load_text_model
     from mobilellm_jax.model.transformer import Execution
@@ -54,6 +55,7 @@ def main(args: argparse.Namespace) -> None:
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UserError(f"--{flag} {value}: use 1 or more")
     split = args.split or "valid"
+    use_compilation_cache()
     model = load_text_model(args.checkpoint, args.tokenizer)
     execution = Execution(dtype=compute_dtype("auto", jax.default_backend()))
     if args.text:

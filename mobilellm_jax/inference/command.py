@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Prints each prompt with its continuation; a single one as it comes."""
+    from mobilellm_jax.compilation_cache import use_compilation_cache
     from mobilellm_jax.inference.generate import generate
     from mobilellm_jax.inference.sampling import Sampling
     from mobilellm_jax.loading import load_text_model
@@ -51,6 +52,7 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"{args.prompt_file}: cannot be read as text ({error})") from error
     if not prompts:
         raise UserError("no prompt: give --prompt TEXT or --prompt_file FILE")
+    use_compilation_cache()
     model = load_text_model(args.checkpoint, args.tokenizer)
     single = len(prompts) == 1
     if single:

@@ -27,6 +27,7 @@ from unittest import mock
 import jax
 from jax._src import distributed, xla_bridge
 
+from mobilellm_jax.compilation_cache import use_compilation_cache
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.training.peers import Peers, missing_at_barrier
 from mobilellm_jax.training.process_flags import check_flags
@@ -58,6 +59,7 @@ def joined(args: argparse.Namespace) -> Iterator[Peers]:
         _initialize(args)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, previous)  # JAX's own only takes note of it
+    use_compilation_cache()
     with Peers(args.stall_seconds) as peers:
         yield peers
 
