@@ -1,10 +1,16 @@
 """AdamW and its learning-rate schedules, as in the paper and its official script."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import jax
 import optax
-from ml_collections import ConfigDict
 
 from mobilellm_jax.errors import UserError
+
+if TYPE_CHECKING:  # benchmarks use the optimizer where ml_collections is not installed
+    from ml_collections import ConfigDict
 
 
 def learning_rate_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:

@@ -1,0 +1,1 @@
+"""Speed of training and decoding, against PyTorch in the same run: `python -m benchmarks.speed`."""

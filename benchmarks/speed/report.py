@@ -1,0 +1,170 @@
+"""`report`: docs/performance.md and its picture, from the results in docs/performance/*.json.
+
+Times, rates and sizes are shown for GPUs and TPUs only; of a CPU, which nobody else has as it was,
+only ratios of one run.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from benchmarks.speed.columns import result_table
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import write_file
+
+ROOT = Path(__file__).parents[2]
+PICTURE = "tokens_per_second.png"
+
+_HEADER = """\
+# Performance
+
+Made by `python -m benchmarks.speed report` from the results in [docs/performance](performance),
+each of which holds its command, hardware, versions and all samples. How things are timed is said in
+`benchmarks/speed/measure.py`, what PyTorch's side does in `benchmarks/speed/torch_peers.py`: the
+same weights and the same tokens, every side in a process of its own. "spread" is the distance of
+the quartiles over the median. MFU is given by three counts of FLOPs per token (`model/config.py`):
+weights alone (6N), with the causal half of attention (the headline), with all of it.
+"""
+_TITLES = {
+    "train": "Training steps",
+    "losses": "Losses of the same steps",
+    "attention": "Attention, forward and backward",
+    "loss": "Cross-entropy in slices against all logits",
+    "decode": "Decoding",
+    "prefill": "Prompts",
+    "load": "The loader",
+    "checkpoint": "Checkpoints",
+    "compile": "Start-up",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser, _: str) -> None:
+    parser.add_argument(
+        "--results", default=str(ROOT / "docs" / "performance"), metavar="DIR",
+        help="of JSON files; the page is written beside it as DIR.md (default: docs/performance)",
+    )  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> int:
+    """Writes the page, and the picture if a GPU or TPU has trained."""
+    folder = Path(args.results)
+    found = read_results(folder)
+    drawn = draw(found, folder / PICTURE)
+    page = folder.with_suffix(".md")
+    write_file(page, page_text(found, f"{folder.name}/{PICTURE}" if drawn else None).encode())
+    print(page)
+    return 0
+
+
+def read_results(folder: Path) -> list[dict]:
+    """All results of a folder's files, each of which holds one or a list."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text())
+            for result in content if isinstance(content, list) else [content]:
+                assert {"what", "hardware", "sides", "settings"} <= result.keys()
+                found.append(result)
+        except (ValueError, AssertionError, AttributeError, TypeError) as error:
+            raise UserError(f"{path}: not a result of `python -m benchmarks.speed`") from error
+    if not found:
+        raise UserError(f"{folder}: no results (*.json); copy some of runs/speed there")
+    return found
+
+
+def _machine(result: dict) -> str:
+    hardware = result["hardware"]
+    if _is_cpu(result):
+        return f"{hardware['cpu']}, {hardware['cores']} cores"
+    return hardware["device_kind"]
+
+
+def _is_cpu(result: dict) -> bool:
+    return result["hardware"]["platform"] == "cpu"
+
+
+def page_text(found: list[dict], picture: str | None) -> str:
+    """The page."""
+    parts = [_HEADER]
+    if picture:
+        parts.append(f"![tokens per second against the batch]({picture})\n")
+    machines = dict.fromkeys(map(_machine, sorted(found, key=_is_cpu)))
+    for machine in machines:
+        here = [result for result in found if _machine(result) == machine]
+        parts.append(f"## {machine}\n")
+        parts.append(_facts(here))
+        for what, title in _TITLES.items():
+            of_what = [result for result in here if result["what"] == what]
+            if not of_what:
+                continue
+            text = result_table(of_what, absolute=not _is_cpu(here[0]))
+            parts.append(f"### {title}\n\n{text}\n")
+        commands = dict.fromkeys(result["command"] for result in here)
+        parts.append("Commands:\n\n```sh\n" + "\n".join(commands) + "\n```\n")
+    return "\n".join(parts)
+
+
+def _facts(here: list[dict]) -> str:
+    dates = sorted(result["date"][:10] for result in here)
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    versions = {}
+    for result in here:
+        for name, version in result["versions"].items():
+            versions.setdefault(name, dict.fromkeys([]))[version] = None
+    listed = ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items())
+    peaks = {
+        side["peak_flops_source"]: side["peak_flops"]
+        for result in here
+        for side in result["sides"].values()
+        if "peak_flops" in side and not _is_cpu(result)
+    }
+    text = "".join(f" Peak for MFU: {v / 1e12:.0f} TFLOP/s, {k}." for k, v in peaks.items())
+    if _is_cpu(here[0]):
+        text = " Peak for MFU: a large fp32 matrix product by XLA in the same process."
+    return f"{when}; {listed}.{text}\n"
+
+
+def draw(found: list[dict], path: Path) -> bool:
+    """Tokens per second against tokens per step, with each model's ceiling; False without any."""
+    points: dict[tuple, list] = {}
+    ceilings: dict[str, float] = {}
+    for result in found:
+        if result["what"] != "train" or _is_cpu(result):
+            continue
+        settings = result["settings"]
+        size = settings["batch_size"] * settings["sequence_length"]
+        execution = settings["execution"]
+        for name, side in result["sides"].items():
+            if "tokens_per_second" not in side:
+                continue
+            form = name
+            if name == "jax":
+                form += ", unrolled" if execution["unroll_layers"] else ", scanned"
+                form += f", remat {execution['remat']}" * (execution["remat"] != "none")
+                ceiling = side["peak_flops"] / result["figures"]["train_flops_per_token"]["causal"]
+                ceilings[f"{_machine(result)}, {result['preset']}"] = ceiling
+            key = (f"{_machine(result)}, {result['preset']}", form)
+            points.setdefault(key, []).append((size, side["tokens_per_second"]))
+    if not points:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = sorted({model for model, _ in points})
+    figure, axes = pyplot.subplots(1, len(models), figsize=(5 * len(models), 4), squeeze=False)
+    for axis, model in zip(axes[0], models, strict=True):
+        for (of_model, form), values in sorted(points.items()):
+            if of_model == model:
+                axis.plot(*zip(*sorted(values), strict=True), marker="o", label=form)
+        if model in ceilings:
+            axis.axhline(ceilings[model], color="black", linestyle="--", label="ceiling, causal")
+        axis.set(title=model, xlabel="tokens per step", ylabel="tokens per second", ylim=(0, None))
+        axis.set_xscale("log", base=2)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return True
