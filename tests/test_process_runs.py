@@ -9,9 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
 
+from mobilellm_jax import load
 from mobilellm_jax.training.checkpoint_files import load_checkpoint
 from mobilellm_jax.training.metrics import read_metrics
 
@@ -60,12 +62,37 @@ def one_process(home):
     return losses(home / "one")
 
 
-def test_two_processes_train_as_one(home, one_process):
+@pytest.fixture(scope="module")
+def two_processes(home):
+    """What two processes with 4 devices each printed."""
     with faults.Run(home, "two", 2, 4) as run:
         assert run.statuses() == [0, 0], run.output(0) + run.output(1)
-    assert "error" not in run.output(0) + run.output(1)
+    return run.output(0), run.output(1)
+
+
+def test_two_processes_train_as_one(home, one_process, two_processes):
+    assert "error" not in "".join(two_processes)
     assert_same_losses(home / "two", one_process)
-    assert "step 100/100" not in run.output(1)  # process 0 logs for all
+    assert "step 100/100" in two_processes[0]
+    assert "step 100/100" not in two_processes[1]  # process 0 logs for all
+
+
+def test_a_stopped_and_a_killed_run_go_on_bitwise_on_the_same_mesh(home, two_processes):
+    with faults.Run(home, "again", 2, 4) as run:
+        run.wait_for(r"step +30/")
+        run.processes[0].send_signal(signal.SIGTERM)
+        assert run.statuses() == [0, 0], run.output(0)
+    with faults.Run(home, "again", 2, 4, "--config.checkpoint.every_steps=5") as run:
+        run.wait_for(r"step +70/")
+        run.processes[1].kill()
+        assert run.processes[0].wait(faults.LIMIT_SECONDS) not in (0, 2), run.output(0)
+    with faults.Run(home, "again", 2, 4) as run:
+        assert run.statuses() == [0, 0], run.output(0)
+    assert re.search(r"resuming from step (6[5-9]|[7-9]\d)", run.output(0)), run.output(0)
+    assert len(losses(home / "again")) == 100
+    assert losses(home / "again") == losses(home / "two")
+    (_, expected), (_, found) = load(home / "two"), load(home / "again")
+    chex.assert_trees_all_equal(found, expected)
 
 
 def test_a_signal_to_one_saves_in_all_and_other_numbers_and_meshes_go_on(home, one_process):
