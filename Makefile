@@ -22,8 +22,8 @@ test: $(VENV)/test.stamp  ## the default suite
 test-slow: $(VENV)/test.stamp  ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
 
-test-plans: $(VENV)-plan/plan.stamp  ## compiles docs/plans again, by the compilers of TPUs and GPUs
-	$(CURDIR)/$(VENV)-plan/bin/python -m pytest -m slow tests/test_plans.py
+test-plans: $(VENV)-plan/plan.stamp  ## what compilers of TPUs and GPUs make of the training step
+	$(CURDIR)/$(VENV)-plan/bin/python -m pytest -m slow tests/test_plans.py tests/test_compiled_step.py
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

@@ -7,12 +7,14 @@ The paper: ~3 days on 32 A100-80G for 1T tokens; mean of eight zero-shot tasks 4
 
 from mobilellm_jax.training.run_config import default_config, on_platform
 
-# FILE.py:PLATFORM takes these settings; what they need there is in docs/scaling.md.
+# FILE.py:PLATFORM takes these settings; what they need there is in docs/scaling.md. Layers are
+# unrolled where the compiler does it in seconds.
+_UNROLLED = {"execution.unroll_layers": True, "execution.remat": "none"}
 PLATFORMS = {
     "v5e-256": {"mesh.data": 4, "mesh.fsdp": 64},
     "v5p-256": {"mesh.data": 4, "mesh.fsdp": 64},
-    "h100-8": {"mesh.data": 1, "mesh.fsdp": 8, "train.accumulation_steps": 8},
-    "h100-64": {"mesh.data": 8, "mesh.fsdp": 8},
+    "h100-8": {"mesh.data": 1, "mesh.fsdp": 8, "train.accumulation_steps": 4, **_UNROLLED},
+    "h100-64": {"mesh.data": 8, "mesh.fsdp": 8, **_UNROLLED},
 }
 
 

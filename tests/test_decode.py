@@ -10,6 +10,7 @@ import pytest
 from model_cases import ALL_KINDS, random_params
 
 from mobilellm_jax.model.config import kv_cache_bytes_per_token
+from mobilellm_jax.model.decoding import decode, decode_weights, make_cache
 from mobilellm_jax.model.transformer import MobileLLM
 
 ATOL = 2e-5  # fp32, two orders of the same operations, logits of order 1 to 10
@@ -21,9 +22,13 @@ kinds = pytest.mark.parametrize("config", ALL_KINDS.values(), ids=ALL_KINDS)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "method", "capacity"))
-def run(config, params, method, *args, **capacity):
+def run(config, params, method, tokens, *args, **capacity):
     model = MobileLLM(config)
-    hidden, cache = model.apply({"params": params}, *args, **capacity, method=method)
+    if method == "prefill":
+        hidden, fresh = model.apply({"params": params}, tokens, method="prefill")
+        cache = make_cache(fresh, *args, **capacity)
+    else:
+        hidden, cache = decode(config, decode_weights(params, "float32"), tokens, *args)
     return model.apply({"params": params}, hidden, method="logits"), cache
 
 
@@ -66,5 +71,5 @@ def test_cache_has_the_size_that_the_config_says(config):
     params = random_params(config)
     _, cache = run(config, params, "prefill", TOKENS[:, :5], jnp.full(3, 5), capacity=CAPACITY)
     assert cache.capacity == CAPACITY
-    held = cache.keys.nbytes + cache.values.nbytes
+    held = sum(array.nbytes for array in (*cache.keys, *cache.values))
     assert held == 3 * CAPACITY * kv_cache_bytes_per_token(config, bytes_per_value=4)
