@@ -1,13 +1,13 @@
 """Bytes that the kernels of a training step move through a GPU's memory, ahead of time.
 
-  python benchmarks/compiled_traffic.py --preset 125m --rows 16 \
+  python -m benchmarks.compiled_traffic --preset 125m --rows 16 \
       remat=none remat=dots remat=none,unroll_layers=true
 
 Each argument is one `Execution`, compiled for 8 H100s with `--rows` sequences of 2048 tokens each;
 needs the extra `cuda` and no GPU. A kernel's bytes are its operands once and its results once; of a
 stack that a loop reads or writes one layer of, that layer. Prints sums by what kernels do, and with
-`--kernels 20` the twenty that move most. Writes docs/performance/compiled-traffic-PRESET.json with
-`--write`. Without a GPU, XLA takes its matmul kernels untuned; their bytes stay the same.
+`--kernels 20` the twenty that move most. `--write` keeps the figures for docs/performance.md. Without
+a GPU, XLA takes its matmul kernels untuned; their bytes stay the same.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import jax
 
+from benchmarks.speed.columns import compiled_traffic_table
 from mobilellm_jax.files import write_file
 from mobilellm_jax.model.presets import PRESETS
 from mobilellm_jax.planning.hlo import Instruction, parse, trip_count
 from mobilellm_jax.planning.topologies import topology
-from mobilellm_jax.tables import table
 from mobilellm_jax.training import run_config
 from mobilellm_jax.training.program import TrainProgram
 from mobilellm_jax.training.run_config import load_config
@@ -175,19 +175,21 @@ def main() -> None:
         for kernel in sorted(found, key=lambda k: -k.times * k.bytes)[: args.kernels]:
             place = re.sub(r"jit\(\w+\)/|MobileLLM\.|while/body/|closed_call/", "", kernel.where)
             print(f"{kernel.times:4d} x {kernel.bytes / 1e6:8.1f} MB {kernel.name:40s} {place}")
-    columns = ("temporaries", "other", "matmul", "attention")
-    rows = [
-        (name, *(f"{result[column] / 1e3:,.0f}" for column in columns))
-        for name, result in results.items()
-    ]
-    print(f"KB per token, {args.preset}, {args.rows} x {SEQUENCE_LENGTH} tokens on each of "
-          f"{TOPOLOGY}, jax {jax.__version__}")  # fmt: skip
-    print(table(("execution", "kept", "elementwise moves", "matmuls move", "attention"), rows))
+    values = {
+        "preset": args.preset,
+        "topology": TOPOLOGY,
+        "rows": args.rows,
+        "sequence_length": SEQUENCE_LENGTH,
+        "jax": jax.__version__,
+        "bytes_per_token": results,
+    }
+    print(
+        f"KB per token, {args.preset}, {args.rows} x {SEQUENCE_LENGTH} tokens on each of {TOPOLOGY}"
+    )
+    print(compiled_traffic_table(values))
     if args.write:
-        path = ROOT / "docs" / "performance" / f"compiled-traffic-{args.preset}.json"
+        path = ROOT / "docs" / "performance" / "compiled" / f"{args.preset}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        values = {"topology": TOPOLOGY, "rows": args.rows, "jax": jax.__version__}
-        values |= {"bytes_per_token": results}
         write_file(path, (json.dumps(values, indent=1) + "\n").encode())
 
 

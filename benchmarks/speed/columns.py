@@ -166,3 +166,15 @@ def tables_by_what(found: Sequence[dict], *, absolute: bool) -> list[str]:
         f"{what}\n\n" + result_table([r for r in found if r["what"] == what], absolute=absolute)
         for what in dict.fromkeys(result["what"] for result in found)
     ]
+
+
+def compiled_traffic_table(values: dict) -> str:
+    """What `benchmarks/compiled_traffic.py` wrote: a row for each way to execute a step."""
+    columns = ("temporaries", "other", "matmul", "attention")
+    rows = [
+        (name, *(f"{result[column] / 1e3:,.0f}" for column in columns))
+        for name, result in values["bytes_per_token"].items()
+    ]
+    return table(
+        ("execution", "kept", "moved by elementwise kernels", "by matmuls", "by attention"), rows
+    )

@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.speed.columns import result_table
+from benchmarks.speed.columns import compiled_traffic_table, result_table
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import write_file
 
@@ -51,9 +51,22 @@ def main(args: argparse.Namespace) -> int:
     found = read_results(folder)
     drawn = draw(found, folder / PICTURE)
     page = folder.with_suffix(".md")
-    write_file(page, page_text(found, f"{folder.name}/{PICTURE}" if drawn else None).encode())
+    text = page_text(found, f"{folder.name}/{PICTURE}" if drawn else None)
+    for path in sorted((folder / "compiled").glob("*.json")):
+        text += compiled_text(json.loads(path.read_text()))
+    write_file(page, text.encode())
     print(page)
     return 0
+
+
+def compiled_text(values: dict) -> str:
+    """The section of one preset compiled by `benchmarks/compiled_traffic.py`."""
+    size = f"{values['rows']} x {values['sequence_length']} tokens on each of {values['topology']}"
+    return (
+        f"\n## {values['preset']} for an H100, ahead of time\n\nNot measured: read off the "
+        f"compiled step, {size}, jax {values['jax']}. KB per token, by `benchmarks/compiled_traffic.py`.\n\n"
+        f"{compiled_traffic_table(values)}\n"
+    )
 
 
 def read_results(folder: Path) -> list[dict]:
