@@ -6,8 +6,8 @@
 Each argument is one `Execution`, compiled for 8 H100s with `--rows` sequences of 2048 tokens each;
 needs the extra `cuda` and no GPU. A kernel's bytes are its operands once and its results once; of a
 stack that a loop reads or writes one layer of, that layer. Prints sums by what kernels do, and with
-`--kernels 20` the twenty that move most. `--write` keeps the figures for docs/performance.md. Without
-a GPU, XLA takes its matmul kernels untuned; their bytes stay the same.
+`--kernels 20` the twenty that move most. `--write` keeps the figures for docs/performance.md.
+Without a GPU, XLA takes its matmul kernels untuned; their bytes stay the same.
 """
 
 import argparse

@@ -61,10 +61,14 @@ def main(args: argparse.Namespace) -> int:
 
 def compiled_text(values: dict) -> str:
     """The section of one preset compiled by `benchmarks/compiled_traffic.py`."""
-    size = f"{values['rows']} x {values['sequence_length']} tokens on each of {values['topology']}"
+    preset, size = (
+        values["preset"],
+        f"{values['rows']} x {values['sequence_length']} tokens on each of {values['topology']}",
+    )
     return (
-        f"\n## {values['preset']} for an H100, ahead of time\n\nNot measured: read off the "
-        f"compiled step, {size}, jax {values['jax']}. KB per token, by `benchmarks/compiled_traffic.py`.\n\n"
+        f"\n## {preset} for an H100, ahead of time\n\nNot measured: read off the "
+        f"compiled step, {size}, jax {values['jax']}. KB per token, by\n"
+        f"`python -m benchmarks.compiled_traffic --preset {preset}`.\n\n"
         f"{compiled_traffic_table(values)}\n"
     )
 
