@@ -11,8 +11,8 @@ from mobilellm_jax.training.run_config import default_config, on_platform
 # unrolled where the compiler does it in seconds.
 _UNROLLED = {"execution.unroll_layers": True, "execution.remat": "none"}
 PLATFORMS = {
-    "v5e-256": {"mesh.data": 4, "mesh.fsdp": 64},
-    "v5p-256": {"mesh.data": 4, "mesh.fsdp": 64},
+    "v5e-256": {"mesh.data": 32, "mesh.fsdp": 8},
+    "v5p-256": {"mesh.data": 32, "mesh.fsdp": 8},
     "h100-8": {"mesh.data": 1, "mesh.fsdp": 8, "train.accumulation_steps": 8, **_UNROLLED},
     "h100-64": {"mesh.data": 8, "mesh.fsdp": 8, **_UNROLLED},
 }

@@ -59,7 +59,7 @@ def test_a_run_that_would_start_has_no_fail(doctor, home):
     assert list(found) == LINES
     assert {level for level, _ in found.values()} == {"ok", "warn"}
     assert "8 x cpu in 1 process" in found["devices"][1]
-    assert "fsdp 8" in found["mesh"][1]
+    assert "data 4, fsdp 2" in found["mesh"][1]
     assert "8 sequences per step = 1 on a device x 8 devices" in found["batch"][1]
     assert "starts from scratch" in found["workdir"][1]
     assert not (home / "run").exists()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PLANS = sorted((ROOT / "docs" / "plans").glob("*/*.json"))
+PLANS = sorted((ROOT / "docs" / "plans").glob("[hv]*-*/*.json"))
 COMPILERS = {"v5": ("libtpu", "tpu"), "h1": ("jax_cuda13_plugin", "cuda")}
 MEMORY_GROWTH = 1.05
 TRAFFIC_TOLERANCE = 0.01
@@ -81,3 +81,48 @@ def test_a_plan_needs_no_more_than_when_it_was_written(path, compiled):
     assert now["memory"]["total"] <= MEMORY_GROWTH * budget["memory"]["total"]
     for axes, sent in traffic(now).items():
         assert sent <= (1 + TRAFFIC_TOLERANCE) * traffic(budget).get(axes, 0) + 1e6, axes
+
+
+THEORY = """
+import itertools, json, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+from mobilellm_jax.planning.collectives import expected_collectives, traffic_by_axes
+from mobilellm_jax.planning.plan import make_plan
+from mobilellm_jax.planning.topologies import topology
+from mobilellm_jax.training.run_config import load_config, model_config
+hardware = topology("h100:8")
+meshes = [(8, 1, "step"), (1, 8, "step"), (1, 8, "layer")]
+for preset, (data, fsdp, gather) in itertools.product(sys.argv[1:], meshes):
+    config = load_config(f"configs/{preset}.py")
+    config.mesh.update(data=data, fsdp=fsdp, gather=gather)
+    config.train.global_batch_size = 16
+    found = make_plan(config, hardware, 2048).collectives
+    theory = expected_collectives(
+        model_config(config), {"data": data, "fsdp": fsdp}, compute_dtype="bfloat16", gather=gather
+    )
+    sent, needed = (sum(traffic_by_axes(x).values()) for x in (found, theory))
+    print("RATIO", json.dumps([preset, data, fsdp, gather, sent / needed]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_traffic_of_every_size_is_that_of_theory():
+    """Data parallel, ZeRO and FSDP on 8 H100s: nothing is sent that need not be."""
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip("its compiler is not installed: pip install '.[cuda]'")
+    sizes = ["125m", "350m", "600m", "1b", "1.5b"]
+    result = subprocess.run(
+        [sys.executable, "-c", THEORY, *sizes],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = [line.split(" ", 1) for line in result.stdout.splitlines()]
+    ratios = [json.loads(text) for word, text in lines if word == "RATIO"]
+    assert len(ratios) == 3 * len(sizes)
+    wrong = [ratio for ratio in ratios if abs(ratio[-1] - 1) > TRAFFIC_TOLERANCE]
+    assert wrong == []

@@ -128,7 +128,7 @@ def test_activations_are_never_gathered(gather, devices):
         assert not (operation == "all-gather" and B * T in numbers), (operation, shape)
 
 
-def test_both_open_axes_take_what_divides_the_model(devices):
+def test_both_open_axes_leave_whole_tiles_of_the_model(devices):
     def shape_on(num_devices, preset):
         model = PRESETS[preset]
         settings = default_config(preset).mesh
@@ -136,9 +136,9 @@ def test_both_open_axes_take_what_divides_the_model(devices):
 
     assert shape_on(1, "125m") == (1, 1, 1)
     assert shape_on(8, "125m") == (1, 8, 1)
-    assert shape_on(256, "125m") == (4, 64, 1)
-    assert shape_on(256, "600m") == (2, 128, 1)
-    assert shape_on(256, "1b") == (1, 256, 1)
+    assert shape_on(256, "125m") == (32, 8, 1)
+    assert shape_on(256, "600m") == (16, 16, 1)
+    assert shape_on(256, "1b") == (8, 32, 1)
     assert shape_on(7, "125m") == (7, 1, 1)
 
 

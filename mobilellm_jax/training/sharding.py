@@ -47,7 +47,8 @@ def make_mesh(
 
     Args:
       config: `config.mesh` of a run: devices along each axis, -1 for what the others leave. With
-        -1 for both, `fsdp` takes as many as divide the widths of the model, `data` the rest.
+        -1 for both, `fsdp` takes as many as leave each a multiple of 8 rows of `embed_dim` (a tile
+        of a TPU, which reduce-scatters nothing smaller), `data` the rest.
       model: what is to be laid out on the mesh.
       devices: all devices of the job; those of this runtime by default.
 
@@ -80,7 +81,8 @@ def _mesh_shape(config: ConfigDict, model: ModelConfig, num_devices: int) -> tup
         if all(size in (-1, n) for size, n in zip(sizes.values(), shape, strict=True))
     ]
     if fitting:
-        return max(fitting, key=lambda shape: shape[1])  # more than one only if two are open
+        # More than one only if two are open.
+        return max(fitting, key=lambda shape: (model.embed_dim // shape[1] % 8 == 0, shape[1]))
     asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     open_to_all = math.prod(max(1, size) for size in sizes.values())
     reason = (
