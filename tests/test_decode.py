@@ -1,6 +1,7 @@
 """Prefill and cached decoding against the full forward pass."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -73,3 +74,19 @@ def test_cache_has_the_size_that_the_config_says(config):
     assert cache.capacity == CAPACITY
     held = sum(array.nbytes for array in (*cache.keys, *cache.values))
     assert held == 3 * CAPACITY * kv_cache_bytes_per_token(config, bytes_per_value=4)
+
+
+def test_a_decode_step_reads_weights_and_cache_where_they_lie():
+    config = ALL_KINDS["none-x1-own"]
+    weights = decode_weights(random_params(config), "float32")
+    _, cache = run(config, random_params(config), "prefill", TOKENS[:1, :5], 5, capacity=64)
+    cache = cache._replace(lengths=jnp.full(1, 5))
+    step = jax.jit(functools.partial(decode, config), donate_argnums=2)
+    compiled = step.lower(weights, TOKENS[:1, :1], cache).compile()
+    donated = jax.tree.leaves(cache)
+    assert compiled.memory_analysis().alias_size_in_bytes == sum(a.nbytes for a in donated)
+    copied = re.findall(
+        r"= \w+\[([\d,]*)\]\S* (?:copy|transpose|dynamic-slice)\(", compiled.as_text()
+    )
+    sizes = [np.prod([int(n) for n in shape.split(",") if n]) for shape in copied]
+    assert max(sizes, default=0) <= config.embed_dim

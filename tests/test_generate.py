@@ -11,6 +11,7 @@ from mobilellm_jax.data.tokenizer import train_tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference.generate import generate, generate_tokens
 from mobilellm_jax.inference.sampling import Sampling, sample
+from mobilellm_jax.model.decoding import decode_weights
 from mobilellm_jax.model.transformer import MobileLLM
 
 CONFIG = tiny("repeat_all", 2)
@@ -74,6 +75,11 @@ def test_generation_ends_at_the_context():
     prompt = [1] * (CONFIG.max_seq_len - 3)
     assert tokens_of([prompt], max_tokens=50).shape == (1, 3)
     np.testing.assert_array_equal(tokens_of([prompt], max_tokens=50)[0], plain_greedy(prompt, 3))
+
+
+def test_weights_laid_out_before_give_the_same_tokens():
+    weights = decode_weights(PARAMS, "float32")
+    np.testing.assert_array_equal(tokens_of(PROMPTS, weights=weights), tokens_of(PROMPTS))
 
 
 def test_tokens_come_as_they_are_made():

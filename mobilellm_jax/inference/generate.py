@@ -12,6 +12,7 @@ from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference.sampling import Sampling, sample
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.decoding import DecodeWeights, decode, decode_weights, make_cache
 from mobilellm_jax.model.transformer import Execution, MobileLLM
 
 # Prompt and cache lengths are rounded up to multiples of this: one compilation serves many.
@@ -28,6 +29,7 @@ def generate_tokens(
     seed: int = 0,
     stop_ids: frozenset[int] = frozenset(),
     execution: Execution | None = None,
+    weights: DecodeWeights | None = None,
 ) -> Iterator[np.ndarray]:
     """Continues each prompt; yields the next token of every row as soon as it is known.
 
@@ -38,6 +40,8 @@ def generate_tokens(
     Args:
       prompts: token ids of B prompts, of any lengths from 1 on.
       stop_ids: tokens that end a row; the stopping token itself is yielded.
+      weights: the `decode_weights` of the parameters, for whoever generates again and again; None
+        makes them here, which takes the time of about four tokens.
 
     Yields:
       int32 `[B]`; -1 for rows that have stopped.
@@ -55,26 +59,50 @@ def generate_tokens(
             config.max_seq_len,
         )
         max_tokens = room
-    padded = _round_up(max(lengths))
-    tokens = np.zeros((len(prompts), padded), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
     model = MobileLLM(config, execution or Execution())
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.key(seed), jnp.arange(len(prompts))
     )
-    hidden, cache = _prefill(
-        model, params, tokens, np.array(lengths, np.int32), _round_up(max(lengths) + max_tokens)
-    )
-    next_B = _first_token(model, params, hidden, row_keys, sampling)
+    steps = _steps(model, params, weights, prompts, row_keys, max_tokens, sampling)
     running = np.ones(len(prompts), bool)
-    for number in range(1, max_tokens + 1):
+    for next_B in _one_ahead(steps):
         chosen = np.asarray(next_B)
         yield np.where(running, chosen, -1)
         running &= ~np.isin(chosen, list(stop_ids))
-        if not running.any() or number == max_tokens:
+        if not running.any():
             return
-        next_B, cache = _decode_token(model, params, cache, next_B, row_keys, number, sampling)
+
+
+def _steps(model, params, weights, prompts, row_keys, max_tokens, sampling):
+    """Starts the computation of one token of every row after the other, waiting for none."""
+    lengths = [len(prompt) for prompt in prompts]
+    tokens = np.zeros((len(prompts), _round_up(max(lengths))), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    lengths_B = jnp.array(lengths, jnp.int32)
+    hidden, fresh = _prefill(model, params, tokens, lengths_B)
+    next_B = _first_token(model, params, hidden, row_keys, sampling)
+    yield next_B
+    cache = make_cache(fresh, lengths_B, _round_up(max(lengths) + max_tokens))
+    del fresh
+    weights = weights or decode_weights(params, model.execution.dtype)
+    for number in range(1, max_tokens):
+        next_B, cache = _decode_token(model, weights, cache, next_B, row_keys, number, sampling)
+        yield next_B
+
+
+def _one_ahead(steps: Iterator[jax.Array]) -> Iterator[jax.Array]:
+    """From the second on, the next step starts before the host waits for the present one.
+
+    The first token waits for nothing else: not for the weights to be laid out for decoding, nor for
+    the compilation of the step.
+    """
+    yield next(steps)
+    present = next(steps, None)
+    while present is not None:
+        following = next(steps, None)
+        yield present
+        present = following
 
 
 def generate(
@@ -174,14 +202,12 @@ def _round_up(length: int) -> int:
     return -(-length // _LENGTH_BUCKET) * _LENGTH_BUCKET
 
 
-@functools.partial(jax.jit, static_argnames=("model", "capacity"))
-def _prefill(model: MobileLLM, params, tokens_BT, lengths_B, capacity: int):
-    """Hidden state `[B, D]` of each prompt's last token, and the cache."""
-    hidden_BTD, cache = model.apply(
-        {"params": params}, tokens_BT, lengths_B, capacity, method="prefill"
-    )
+@functools.partial(jax.jit, static_argnames="model")
+def _prefill(model: MobileLLM, params, tokens_BT, lengths_B):
+    """Hidden state `[B, D]` of each prompt's last token, and all keys and values."""
+    hidden_BTD, fresh = model.apply({"params": params}, tokens_BT, method="prefill")
     last_B11 = (lengths_B - 1)[:, None, None]
-    return jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0], cache
+    return jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0], fresh
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"))
@@ -190,9 +216,12 @@ def _first_token(model: MobileLLM, params, hidden_BD, row_keys_B, sampling: Samp
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache")
-def _decode_token(model, params, cache, tokens_B, row_keys_B, number, sampling: Sampling):
-    hidden_BTD, cache = model.apply({"params": params}, tokens_B[:, None], cache, method="decode")
-    return _sample_from(model, params, hidden_BTD[:, 0], row_keys_B, number, sampling), cache
+def _decode_token(model, weights, cache, tokens_B, row_keys_B, number, sampling: Sampling):
+    hidden_BTD, cache = decode(model.config, weights, tokens_B[:, None], cache)
+    tokens_B = _sample_from(
+        model, weights.vocabulary, hidden_BTD[:, 0], row_keys_B, number, sampling
+    )
+    return tokens_B, cache
 
 
 def _sample_from(model, params, hidden_BD, row_keys_B, number, sampling: Sampling):

@@ -26,14 +26,6 @@ class KeyValue(NamedTuple):
     values: jax.Array  # [B, K, S, H]
 
 
-class CachedKeyValue(NamedTuple):
-    """Keys and values of earlier tokens; row b holds `lengths[b]` of them, the rest is unused."""
-
-    keys: jax.Array  # [B, K, S, H]
-    values: jax.Array  # [B, K, S, H]
-    lengths: jax.Array  # [B] int32
-
-
 def rope_tables(
     positions_BT: jax.Array, head_dim: int, theta: float
 ) -> tuple[jax.Array, jax.Array]:
@@ -62,26 +54,20 @@ def causal_attention(
     fresh: KeyValue,
     *,
     segment_ids_BT: jax.Array | None = None,
-    cached: CachedKeyValue | None = None,
     kind: str = "auto",
 ) -> jax.Array:
-    """Attention of T new tokens to each other (causal) and to what the cache holds before them.
+    """Attention of T tokens to each other: each to itself and to those before it.
 
     Args:
       q_BTNH: rotated queries.
       fresh: rotated keys and values of the same T tokens.
-      segment_ids_BT: when given, a token sees only tokens of its own segment (document). Not
-        combined with `cached`.
-      cached: keys and values of the tokens before.
+      segment_ids_BT: when given, a token sees only tokens of its own segment (document).
       kind: "auto" or a kernel (`attention_kernels.choose_attention`). Under a mesh, a kernel's name
         is taken to have been chosen for the devices of that mesh: they may not be here.
 
     Returns:
       `[B, T, N, H]` in the dtype of the queries; softmax is computed in fp32.
     """
-    if cached is not None:
-        assert segment_ids_BT is None
-        return _from_grouped(_attend_with_cache(_to_grouped(q_BTNH, fresh), fresh, cached))
     if kind == "auto" or jax.sharding.get_abstract_mesh().empty:
         kind = choose_attention(
             kind,
@@ -197,15 +183,27 @@ def _blocked_attention_backward(residuals, d_out_BKGTH):
 _blocked_attention.defvjp(_blocked_attention_forward, _blocked_attention_backward)
 
 
-def _attend_with_cache(q_BKGTH, fresh: KeyValue, cached: CachedKeyValue) -> jax.Array:
-    T, S = q_BKGTH.shape[3], cached.keys.shape[2]
-    q_BKMH = _rows(q_BKGTH, 0, T)
-    before = _matmul("bkmh,bksh->bkms", q_BKMH, cached.keys)
-    filled_BS = jnp.arange(S)[None, :] < cached.lengths[:, None]
-    before = jnp.where(filled_BS[:, None, None, :], before, _MASKED)
-    among = _block_scores(q_BKMH, fresh.keys, None, 0, T)
-    weights = jax.nn.softmax(jnp.concatenate([before, among], axis=-1), axis=-1)
-    weights_before, weights_among = jnp.split(weights.astype(fresh.values.dtype), [S], axis=-1)
-    out = _matmul("bkms,bksh->bkmh", weights_before, cached.values)
-    out += _matmul("bkms,bksh->bkmh", weights_among, fresh.values)
-    return out.astype(q_BKGTH.dtype).reshape(q_BKGTH.shape)
+def attend_to_cache(
+    q_BTNH: jax.Array, keys_XHS: jax.Array, values_XSH: jax.Array, positions_BT: jax.Array
+) -> jax.Array:
+    """Attention of new tokens to a cache that holds them already; slot s is position s.
+
+    Args:
+      q_BTNH: rotated queries of the tokens at `positions_BT`.
+      keys_XHS: rotated keys, X = B * K.
+      values_XSH: values.
+
+    Returns:
+      `[B, T, N, H]` in the dtype of the queries; softmax is computed in fp32.
+    """
+    B, T, N, H = q_BTNH.shape
+    X, S = values_XSH.shape[:2]
+    grouped = (B, X // B, N * B // X, T)
+    q_BTKGH = (q_BTNH * H**-0.5).reshape(B, T, X // B, -1, H)
+    q_XMH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(X, -1, H)
+    scores = _matmul("xmh,xhs->xms", q_XMH, keys_XHS).reshape(*grouped, S)
+    visible_BTS = jnp.arange(S)[None, None, :] <= positions_BT[:, :, None]
+    weights = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores, _MASKED), axis=-1)
+    weights_XMS = weights.astype(values_XSH.dtype).reshape(X, -1, S)
+    out = _matmul("xms,xsh->xmh", weights_XMS, values_XSH).astype(q_BTNH.dtype)
+    return _from_grouped(out.reshape(*grouped, H))

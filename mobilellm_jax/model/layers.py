@@ -13,12 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.spmd import RulesFallback
 
-from mobilellm_jax.model.attention import (
-    CachedKeyValue,
-    KeyValue,
-    apply_rope,
-    causal_attention,
-)
+from mobilellm_jax.model.attention import KeyValue, apply_rope, causal_attention
 from mobilellm_jax.model.config import ModelConfig
 
 
@@ -27,7 +22,6 @@ class TokenContext(NamedTuple):
 
     rope: tuple[jax.Array, jax.Array]  # cosines and sines, [B, T, H] each
     segment_ids: jax.Array | None  # [B, T]
-    cache_lengths: jax.Array | None  # [B]
 
 
 def constrain(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -112,7 +106,6 @@ class Attention(nn.Module):
         self,
         x_BTD: jax.Array,
         context: TokenContext,
-        cached: KeyValue | None,
         given: KeyValue | None,
     ) -> tuple[jax.Array, KeyValue]:
         """Returns the output `[B, T, D]` and the tokens' keys and values.
@@ -138,14 +131,11 @@ class Attention(nn.Module):
             k_BTKH = apply_rope(k_BTKH, context.rope)
             given = KeyValue(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
         q_BTNH = constrain(q_BTNH, ("batch", "seq", "act_heads", "head_dim"))
-        if cached is not None:
-            cached = CachedKeyValue(*cached, context.cache_lengths)
         with jax.named_scope("attend"):
             attended_BTNH = causal_attention(
                 q_BTNH,
                 given,
                 segment_ids_BT=context.segment_ids,
-                cached=cached,
                 kind=self.attention_kind,
             )
         attended_BTF = attended_BTNH.reshape(B, T, N * H)
@@ -183,13 +173,12 @@ class Block(nn.Module):
         self,
         x_BTD: jax.Array,
         context: TokenContext,
-        cached: KeyValue | None,
         given: KeyValue | None,
     ) -> tuple[jax.Array, KeyValue]:
         c = self.config
         attention = Attention(c, self.attention_kind, name="attention")
         normed = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
-        attended, key_value = attention(normed, context, cached, given)
+        attended, key_value = attention(normed, context, given)
         x_BTD = x_BTD + attended
         normed = RMSNorm(c.norm_eps, name="ffn_norm")(x_BTD)
         x_BTD = x_BTD + FeedForward(c, name="ffn")(normed)

@@ -7,7 +7,6 @@ so a shared block exists once in memory, in the gradient and on disk.
 
 import dataclasses
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -55,26 +54,6 @@ class Execution:
         ):
             if (value := getattr(self, name)) not in choices:
                 raise UserError(f"execution.{name} = {value!r}: use one of {', '.join(choices)}")
-
-
-@flax.struct.dataclass
-class KVCache:
-    """Keys and values of the tokens so far, with a static capacity of S tokens.
-
-    Attributes:
-      keys: `[L, R', B, K, S, H]`, R' = `ModelConfig.num_cached_visits`.
-      values: the same shape.
-      lengths: int32 `[B]`, tokens held in each row; slots from there on are unused.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    lengths: jax.Array
-
-    @property
-    def capacity(self) -> int:
-        """S, the number of tokens that fit."""
-        return self.keys.shape[4]
 
 
 class MobileLLM(nn.Module):
@@ -137,69 +116,37 @@ class MobileLLM(nn.Module):
         head_DV = self.head.astype(hidden.dtype)
         return jnp.einsum("...D,DV->...V", hidden, head_DV, preferred_element_type=jnp.float32)
 
-    def prefill(
-        self, tokens_BT: jax.Array, lengths_B: jax.Array, capacity: int
-    ) -> tuple[jax.Array, KVCache]:
-        """Runs prompts padded on the right; returns hidden states `[B, T, D]` and their cache.
+    def prefill(self, tokens_BT: jax.Array) -> tuple[jax.Array, KeyValue]:
+        """Hidden states `[B, T, D]`, and the keys and values to go on from: `decoding.make_cache`.
 
-        Args:
-          tokens_BT: prompts; what stands behind a row's length is ignored.
-          lengths_B: int32, tokens in each row.
-          capacity: S >= T, tokens that the cache can hold.
+        Prompts of different lengths are padded on the right. Keys and values are
+        `[L, R', B, K, T, H]`, R' = `ModelConfig.num_cached_visits`.
         """
-        x_BTD, fresh = self._run(tokens_BT, collect_key_values=True)
-        free = ((0, 0),) * 4 + ((0, capacity - tokens_BT.shape[1]), (0, 0))
-        return x_BTD, KVCache(
-            jnp.pad(fresh.keys, free), jnp.pad(fresh.values, free), lengths_B.astype(jnp.int32)
-        )
-
-    def decode(self, tokens_BT: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """Continues every row by T tokens (usually one); returns hidden states and the new cache.
-
-        The caller keeps `lengths + T` within the capacity: tokens beyond it are not stored.
-        """
-        T = tokens_BT.shape[1]
-        x_BTD, fresh = self._run(tokens_BT, cache=cache, collect_key_values=True)
-        rows = jnp.arange(tokens_BT.shape[0])[:, None]
-        slots_BT = cache.lengths[:, None] + jnp.arange(T)[None, :]
-
-        def store(held, new):
-            # Indexing B and S around the slice of K moves them to the front of the update.
-            new = new.transpose(2, 4, 0, 1, 3, 5).astype(held.dtype)
-            return held.at[:, :, rows, :, slots_BT].set(new, mode="drop")
-
-        return x_BTD, KVCache(
-            store(cache.keys, fresh.keys), store(cache.values, fresh.values), cache.lengths + T
-        )
+        return self._run(tokens_BT, collect_key_values=True)
 
     def _run(
         self,
         tokens_BT: jax.Array,
         *,
         segment_ids_BT: jax.Array | None = None,
-        cache: KVCache | None = None,
         collect_key_values: bool = False,
         embedded_BTD: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValue | None]:
         """Embeds, runs all visits and the final norm; key/values are `[L, R', B, K, T, H]`."""
         c = self.config
         positions_BT = jnp.arange(tokens_BT.shape[1])[None, :]
-        if cache is not None:
-            positions_BT = positions_BT + cache.lengths[:, None]
         context = TokenContext(
             rope=rope_tables(positions_BT, c.head_dim, c.rope_theta),
             segment_ids=segment_ids_BT,
-            cache_lengths=None if cache is None else cache.lengths,
         )
         if embedded_BTD is None:
             embedded_BTD = self.embedding[tokens_BT]
         x_BTD = embedded_BTD.astype(self.execution.dtype)
         x_BTD = constrain(x_BTD, ("batch", "seq", "act_embed"))
-        held = None if cache is None else KeyValue(cache.keys, cache.values)
-        x_BTD, fresh = self._run_blocks(x_BTD, context, held, collect_key_values)
+        x_BTD, fresh = self._run_blocks(x_BTD, context, collect_key_values)
         return self.final_norm(x_BTD), fresh
 
-    def _run_blocks(self, x_BTD, context, held, collect_key_values):
+    def _run_blocks(self, x_BTD, context, collect_key_values):
         """Sweeps over the stored blocks in the order of `config.sharing`.
 
         "none" and "immediate" are one sweep that visits each block R times in a row; the other
@@ -221,13 +168,13 @@ class MobileLLM(nn.Module):
                 self._layer_visits(visits, needed and (sweep == 0 or not share_first)),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, 0, 0),
+                in_axes=(nn.broadcast, 0),
                 length=c.num_layers,
                 reverse=c.sharing == "reverse" and sweep % 2 == 1,
                 unroll=c.num_layers if self.execution.unroll_layers else 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x_BTD, fresh = run(self.blocks, x_BTD, context, held, given)
+            x_BTD, fresh = run(self.blocks, x_BTD, context, given)
             if fresh is not None:
                 collected.append(fresh)
                 if share_first and num_sweeps > 1:
@@ -240,19 +187,17 @@ class MobileLLM(nn.Module):
         """The body of the scan: the given visits of one block, one after the other."""
         share_first = self.config.shared_kv == "first_visit"
 
-        def visit(block, x_BTD, context, cached, given):
-            return block(x_BTD, context, cached, given)
+        def visit(block, x_BTD, context, given):
+            return block(x_BTD, context, given)
 
         if (policy := REMAT_POLICIES[self.execution.remat]) is not None:
             # Without a loop around it, XLA would merge the recomputation with the original.
             visit = nn.remat(visit, policy=policy, prevent_cse=self.execution.unroll_layers)
 
-        def body(block, x_BTD, context, held, given):
+        def body(block, x_BTD, context, given):
             collected = []
-            for r in visits:
-                slot = 0 if share_first else r
-                cached = None if held is None else KeyValue(held.keys[slot], held.values[slot])
-                x_BTD, fresh = visit(block, x_BTD, context, cached, given)
+            for _ in visits:
+                x_BTD, fresh = visit(block, x_BTD, context, given)
                 if share_first:
                     given = fresh
                 if collect and not (share_first and collected):

@@ -70,7 +70,7 @@ def default_config(preset: str = "125m") -> ml_collections.ConfigDict:
 
     # Devices along each axis; -1 takes what the others leave. The batch is split over data x fsdp.
     config.mesh = ml_collections.ConfigDict()
-    # With -1 for both, fsdp takes as many as leave each a multiple of 8 of embed_dim, data the rest.
+    # With -1 for both, fsdp takes what leaves each a multiple of 8 of embed_dim, data the rest.
     config.mesh.data = -1
     # Splits the master weights and the optimizer state too; 1 is plain data parallelism.
     config.mesh.fsdp = -1
