@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PLANS = sorted((ROOT / "docs" / "plans").glob("[hv]*-*/*.json"))
+# The layer-shared ones differ in depth only and would take the suite over its ten minutes.
+PLANS = sorted((ROOT / "docs" / "plans").glob("[hv]*-*/*[bm].json"))
 COMPILERS = {"v5": ("libtpu", "tpu"), "h1": ("jax_cuda13_plugin", "cuda")}
 MEMORY_GROWTH = 1.05
 TRAFFIC_TOLERANCE = 0.01
