@@ -23,7 +23,8 @@ test-slow: $(VENV)/test.stamp  ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
 
 test-plans: $(VENV)-plan/plan.stamp  ## what compilers of TPUs and GPUs make of the training step
-	$(CURDIR)/$(VENV)-plan/bin/python -m pytest -m slow tests/test_plans.py tests/test_compiled_step.py
+	$(CURDIR)/$(VENV)-plan/bin/python -m pytest -m slow tests/test_plans.py tests/test_compiled_step.py \
+		tests/test_compiled_tpu.py
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

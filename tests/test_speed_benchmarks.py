@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.speed import attention, cases, gpu, loss, report
+from benchmarks.speed import attention, cases, gpu, loss, report, techniques
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.columns import result_table
-from benchmarks.speed.measure import Side, Workload, compare
+from benchmarks.speed.measure import Side, Workload, compare, run_alone
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.presets import PRESETS
 from mobilellm_jax.model.transformer import abstract_params
@@ -176,6 +176,24 @@ def test_a_side_that_fails_is_named_and_the_others_are_measured(take_turns):
     assert "nothing to build" in result_table([result], absolute=False)
 
 
+def environment_of_process(settings):
+    value = os.environ.get("OF_ONE_SIDE", "none")
+    return Workload(lambda first, count: None, lambda _: [value], dict)
+
+
+def test_a_side_may_have_an_environment_of_its_own():
+    sides = [
+        Side("with", environment_of_process, {}, {"OF_ONE_SIDE": "set"}),
+        Side("without", environment_of_process, {}),
+    ]
+    results = compare(sides, num_samples=1, take_turns=True)
+    assert {name: side["first"] for name, side in results.items()} == {
+        "with": "set",
+        "without": "none",
+    }
+    assert "OF_ONE_SIDE" not in os.environ
+
+
 def test_sliced_and_whole_losses_are_the_same():
     settings = {
         "model": TINY_CONFIG.to_dict(), "batch_size": 2, "sequence_length": 32, "slices": 4,
@@ -203,7 +221,7 @@ def as_if_on_a_gpu(result):
     return there
 
 
-def test_the_page_of_a_cpu_has_ratios_and_that_of_a_gpu_rates_and_a_picture(trained, tmp_path):
+def test_the_page_of_a_cpu_has_ratios_that_of_a_gpu_rates_and_both_are_drawn(trained, tmp_path):
     result = trained[1]
     folder = tmp_path / "performance"
     folder.mkdir()
@@ -212,7 +230,7 @@ def test_the_page_of_a_cpu_has_ratios_and_that_of_a_gpu_rates_and_a_picture(trai
     page = (tmp_path / "performance.md").read_text()
     medians = {name: side["seconds"]["median"] for name, side in result["sides"].items()}
     assert f"| {medians['torch'] / medians['jax']:.2f} " in page
-    assert "tokens/s" not in page and report.PICTURE not in page
+    assert "tokens/s" not in page and report.PICTURE in page
     assert result["command"] in page
     (folder / "gpu.json").write_text(json.dumps([as_if_on_a_gpu(result)]))
     assert main(["report", "--results", str(folder)]) == 0
@@ -272,6 +290,42 @@ def test_losses_follow_those_of_torch_for_50_steps(tmp_path):
     side = result["sides"]["torch"]
     assert side["largest_relative_difference"] < LOSS_CURVE
     assert side["losses"][-1] < side["losses"][0] - 0.2  # they learn, so the weights count
+
+
+@pytest.mark.slow
+def test_a_step_without_one_technique_computes_the_same(tmp_path):
+    result = run_tiny(tmp_path, "techniques", "--sequence_length", 32, "--samples", 1)
+    sides = result["sides"]
+    assert list(sides) == [techniques.SHIPPED, *techniques.names()]
+    firsts = [side["first"] for side in sides.values()]
+    np.testing.assert_allclose(firsts, firsts[0], rtol=SAME_LOSS)
+    assert all(side["time_of_shipped"] > 0 for side in list(sides.values())[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", techniques._TAKEN_OUT)
+def test_a_technique_that_is_taken_out_is_replaced_by_what_has_the_same_gradient(name):
+    def second_loss(without):
+        return run_alone(losses_of_two_steps, {"without": without})[1]
+
+    assert second_loss(name) == pytest.approx(second_loss(None), rel=SAME_LOSS)
+
+
+def losses_of_two_steps(settings):
+    execution = {"attention": "xla"}
+    workload = techniques.build(
+        settings
+        | {
+            "model": TINY_CONFIG.to_dict(),
+            "batch_size": 2,
+            "sequence_length": 32,
+            "accumulation_steps": 1,
+            "execution": execution,
+            "exact_matmuls": False,
+        }
+    )
+    # The first update has a learning rate of 0.
+    return [workload.run(workload.prepare(number, 1))[0] for number in (0, 1, 2)][1:]
 
 
 @pytest.mark.slow

@@ -21,6 +21,12 @@ WHATS = {
         (1, 256, 1),
         "losses of the same steps against PyTorch's",
     ),
+    "techniques": (
+        "techniques",
+        "measure",
+        (2, 512, 3),
+        "training steps with one choice made otherwise, each alone",
+    ),
     "attention": ("attention", "measure", (2, 512, 10), "each attention kernel that runs here"),
     "loss": ("loss", "measure", (2, 512, 10), "cross-entropy in slices against all logits at once"),
     "decode": ("generation", "measure_decode", (1, None, 10), "greedy decoding against `generate`"),

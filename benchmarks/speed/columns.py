@@ -124,6 +124,11 @@ _COLUMNS = {
             _number("largest_relative_difference", "{:.1e}"),
         )
     ],
+    "techniques": [
+        _RATE,
+        _Column("time, of the step as shipped", _number("time_of_shipped", "{:.2f}")),
+        _Column("memory, of the step as shipped", _number("memory_of_shipped", "{:.2f}")), _SPREAD,
+    ],
     "attention": [
         _TIME, _speed_of("torch"), _MEMORY, _SPREAD, _Column("error against fp32", _errors),
     ],
@@ -178,3 +183,26 @@ def compiled_traffic_table(values: dict) -> str:
     return table(
         ("execution", "kept", "moved by elementwise kernels", "by matmuls", "by attention"), rows
     )
+
+
+def compiled_tpu_table(values: dict) -> str:
+    """What `benchmarks/compiled_tpu.py` wrote: a row for each slice and way to execute a step."""
+    rows = []
+    for name, found in values["steps"].items():
+        runs = found["splash_kernels"]
+        rows.append(
+            (
+                name,
+                f"{found['temporaries_per_token'] / 1e3:,.0f}",
+                f"{found['kept_per_token'] / 1e3:,.0f}",
+                f"{found['kept_padding']:.1%}",
+                f"{found['state_padding']:.1%}",
+                f"{found['donated']:.1%}",
+                " + ".join(map(str, runs.values())),
+            )
+        )
+    header = (
+        "step", "temporaries", "of these kept", "padding of these", "padding of the state",
+        "state donated", "runs of Splash: forward + dq + dk, dv",
+    )  # fmt: skip
+    return table(header, rows)

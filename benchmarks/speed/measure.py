@@ -16,6 +16,7 @@ the device it had set aside.
 import contextlib
 import dataclasses
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -57,6 +58,7 @@ class Side:
     name: str
     build: Callable[[dict], Workload]
     settings: dict
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)  # of its process, added
 
 
 def summary(seconds: list[float]) -> dict:
@@ -104,7 +106,8 @@ def _time_group(group: list[Side], num_samples: int, bar: tqdm) -> dict[str, dic
     try:
         for side in group:
             bar.set_description(f"{side.name}: building")
-            children[side.name] = child = _Child(_serve, side.build, side.settings)
+            with _environment(side.environment):
+                children[side.name] = child = _Child(_serve, side.build, side.settings)
             if len(group) > 1:  # one after the other: compiling takes all cores
                 _first(results, child, side.name)
         for name, child in children.items():
@@ -125,6 +128,18 @@ def _time_group(group: list[Side], num_samples: int, bar: tqdm) -> dict[str, dic
         for child in children.values():
             child.close()
     return {side.name: results[side.name] for side in group}
+
+
+@contextlib.contextmanager
+def _environment(added: dict[str, str]) -> Iterator[None]:
+    """What processes started meanwhile find in their environment."""
+    before = dict(os.environ)
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _first(results, child, name):

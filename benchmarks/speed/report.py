@@ -8,12 +8,12 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.speed.columns import compiled_traffic_table, result_table
+from benchmarks.speed.columns import compiled_tpu_table, compiled_traffic_table, result_table
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import write_file
 
 ROOT = Path(__file__).parents[2]
-PICTURE = "tokens_per_second.png"
+PICTURE = "training_speed.png"
 
 _HEADER = """\
 # Performance
@@ -28,6 +28,7 @@ weights alone (6N), with the causal half of attention (the headline), with all o
 _TITLES = {
     "train": "Training steps",
     "losses": "Losses of the same steps",
+    "techniques": "Techniques, one at a time",
     "attention": "Attention, forward and backward",
     "loss": "Cross-entropy in slices against all logits",
     "decode": "Decoding",
@@ -46,14 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser, _: str) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Writes the page, and the picture if a GPU or TPU has trained."""
+    """Writes the page, and the picture if there are results of `train`."""
     folder = Path(args.results)
     found = read_results(folder)
     drawn = draw(found, folder / PICTURE)
     page = folder.with_suffix(".md")
     text = page_text(found, f"{folder.name}/{PICTURE}" if drawn else None)
-    for path in sorted((folder / "compiled").glob("*.json")):
-        text += compiled_text(json.loads(path.read_text()))
+    compiled = sorted((folder / "compiled").glob("*.json"))
+    for path in compiled:
+        if not path.name.startswith("tpu-"):
+            text += compiled_text(json.loads(path.read_text()))
+    tpu = [json.loads(path.read_text()) for path in compiled if path.name.startswith("tpu-")]
+    if tpu:
+        text += tpu_text(tpu)
     write_file(page, text.encode())
     print(page)
     return 0
@@ -71,6 +77,20 @@ def compiled_text(values: dict) -> str:
         f"`python -m benchmarks.compiled_traffic --preset {preset}`.\n\n"
         f"{compiled_traffic_table(values)}\n"
     )
+
+
+def tpu_text(found: list[dict]) -> str:
+    """The section of presets compiled by `benchmarks/compiled_tpu.py`."""
+    parts = [
+        "\n## TPUs, ahead of time\n\nNot measured: read off compiled steps, data parallel. KB per "
+        'token; "kept" are the stacks over layers\nthat the backward pass reads, "padding" what '
+        "tiles of 8 x 128 values add to them. By `python -m benchmarks.compiled_tpu`.\n"
+    ]
+    for values in found:
+        size = f"{values['rows']} x {values['sequence_length']} tokens on a chip"
+        title = f"{values['preset']}, {size}, jax {values['jax']}"
+        parts.append(f"\n{title}:\n\n{compiled_tpu_table(values)}\n")
+    return "".join(parts)
 
 
 def read_results(folder: Path) -> list[dict]:
@@ -104,7 +124,7 @@ def page_text(found: list[dict], picture: str | None) -> str:
     """The page."""
     parts = [_HEADER]
     if picture:
-        parts.append(f"![tokens per second against the batch]({picture})\n")
+        parts.append(f"![speed of training against tokens per step]({picture})\n")
     machines = dict.fromkeys(map(_machine, sorted(found, key=_is_cpu)))
     for machine in machines:
         here = [result for result in found if _machine(result) == machine]
@@ -142,42 +162,43 @@ def _facts(here: list[dict]) -> str:
 
 
 def draw(found: list[dict], path: Path) -> bool:
-    """Tokens per second against tokens per step, with each model's ceiling; False without any."""
-    points: dict[tuple, list] = {}
+    """Speed of training against tokens per step, with each model's ceiling; False without any.
+
+    The ceiling is what the device's peak allows, by the causal count of FLOPs. Of a CPU the speed
+    is shown as a share of it, as tokens per second say nothing without the machine.
+    """
+    panels: dict[str, dict[str, list]] = {}
     ceilings: dict[str, float] = {}
     for result in found:
-        if result["what"] != "train" or _is_cpu(result):
+        if result["what"] != "train":
             continue
         settings = result["settings"]
         size = settings["batch_size"] * settings["sequence_length"]
-        execution = settings["execution"]
+        panel = f"{result['preset']}, {_machine(result)}"
         for name, side in result["sides"].items():
-            if "tokens_per_second" not in side:
+            if "mfu" not in side:
                 continue
-            form = name
-            if name == "jax":
-                form += ", unrolled" if execution["unroll_layers"] else ", scanned"
-                form += f", remat {execution['remat']}" * (execution["remat"] != "none")
-                ceiling = side["peak_flops"] / result["figures"]["train_flops_per_token"]["causal"]
-                ceilings[f"{_machine(result)}, {result['preset']}"] = ceiling
-            key = (f"{_machine(result)}, {result['preset']}", form)
-            points.setdefault(key, []).append((size, side["tokens_per_second"]))
-    if not points:
+            if _is_cpu(result):
+                speed, ceilings[panel] = side["mfu"]["causal"], 1.0
+            else:
+                speed = side["tokens_per_second"]
+                ceilings[panel] = speed / side["mfu"]["causal"]
+            form = _form(settings["execution"]) if name == "jax" else name
+            panels.setdefault(panel, {}).setdefault(form, []).append((size, speed))
+    if not panels:
         return False
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    models = sorted({model for model, _ in points})
-    figure, axes = pyplot.subplots(1, len(models), figsize=(5 * len(models), 4), squeeze=False)
-    for axis, model in zip(axes[0], models, strict=True):
-        for (of_model, form), values in sorted(points.items()):
-            if of_model == model:
-                axis.plot(*zip(*sorted(values), strict=True), marker="o", label=form)
-        if model in ceilings:
-            axis.axhline(ceilings[model], color="black", linestyle="--", label="ceiling, causal")
-        axis.set(title=model, xlabel="tokens per step", ylabel="tokens per second", ylim=(0, None))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
+    for axis, (panel, forms) in zip(axes[0], sorted(panels.items()), strict=True):
+        for form, points in sorted(forms.items()):
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=form)
+        axis.axhline(ceilings[panel], color="black", linestyle="--", label="ceiling, causal")
+        unit = "share of the ceiling" if ceilings[panel] == 1 else "tokens per second"
+        axis.set(title=panel, xlabel="tokens per step", ylabel=unit, ylim=(0, None))
         axis.set_xscale("log", base=2)
         axis.legend(fontsize=7)
     figure.tight_layout()
@@ -185,3 +206,8 @@ def draw(found: list[dict], path: Path) -> bool:
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True
+
+
+def _form(execution: dict) -> str:
+    words = ["jax", "unrolled" if execution["unroll_layers"] else "scanned"]
+    return ", ".join(words + [f"remat {execution['remat']}"] * (execution["remat"] != "none"))
