@@ -25,6 +25,8 @@ def case(result: dict, *, brief: bool = False) -> str:
             words.append(name.removesuffix("_layers") + "ed" * name.startswith("unroll"))
         elif value not in (False, "none", "auto", 1) and name != "attention":
             words.append(f"{name} {value}")
+    if settings.get("compile_only"):
+        words.append("compiled only")
     if settings.get("accumulation_steps", 1) > 1:
         words.append(f"{settings['accumulation_steps']} parts")
     return ", ".join(words)

@@ -2,8 +2,8 @@
 
 "cold" with an empty folder for JAX's persistent compilation cache, "warm" with what a cold run left
 in it (JAX_COMPILATION_CACHE_DIR, which any `mobilellm train` takes too). Every run is a fresh
-process that imports, makes the weights on the device, compiles and does one step. With them the
-seconds of `import mobilellm_jax` and of `mobilellm --help`, whole processes too.
+process that imports, makes the weights on the device, compiles and does one step; or, with
+`--compile_only`, no weights and no step, where they would not fit. With them the seconds of `import mobilellm_jax` and of `mobilellm --help`, whole processes too.
 """
 
 import argparse
@@ -24,6 +24,7 @@ EPILOG = """\
 examples:
   python -m benchmarks.speed compile --preset 125m
   python -m benchmarks.speed compile --preset 1.5b --batch_size 8 --sequence_length 2048
+  python -m benchmarks.speed compile --preset 1.5b --compile_only
 """
 
 
@@ -32,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser, _: str) -> None:
 
     parser.epilog = EPILOG
     jax_side.add_execution_arguments(parser)
+    parser.add_argument(
+        "--compile_only",
+        action="store_true",
+        help="no weights, no step: they take 16 bytes a weight",
+    )
 
 
 def measure(bench: Benchmark) -> None:
@@ -44,6 +50,7 @@ def measure(bench: Benchmark) -> None:
         "model": config.to_dict(),
         "batch_size": args.batch_size,
         "sequence_length": length,
+        "compile_only": args.compile_only,
         "execution": jax_side.execution_settings(args, config, bench.device, length),
     }
     first_step = [sys.executable, "-m", "benchmarks.speed.startup", json.dumps(bench.settings)]
@@ -102,15 +109,23 @@ def _first_step(settings: dict) -> None:
     config = ModelConfig.from_dict(settings["model"])
     shape = (settings["batch_size"], settings["sequence_length"])
     step, first_state = jax_side.train_program(config, Execution(**settings["execution"]), 1)
-    state = jax.block_until_ready(first_state(init_params(config, jax.random.key(0))))
-    times["weights"] = time.time()
+
+    def fresh():
+        return first_state(init_params(config, jax.random.key(0)))
+
+    if settings["compile_only"]:
+        state = jax.eval_shape(fresh)
+    else:
+        state = jax.block_until_ready(fresh())
+        times["weights"] = time.time()
     batch = jax_side.train_batch(config.vocab_size, *shape, 0)
     lowered = step.lower(state, batch)
     times["tracing"] = time.time()
     compiled = lowered.compile()
     times["compilation"] = time.time()
-    float(compiled(state, batch)[1]["loss"])
-    times["first step"] = time.time()
+    if not settings["compile_only"]:
+        float(compiled(state, batch)[1]["loss"])
+        times["first step"] = time.time()
     print(json.dumps(times))
 
 
