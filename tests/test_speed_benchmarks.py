@@ -14,11 +14,12 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.speed import attention, cases, gpu, loss, report, techniques
+from benchmarks.speed import attention, cases, gpu, loss, products, report, techniques
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.columns import result_table
 from benchmarks.speed.measure import Side, Workload, compare, run_alone
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.config import train_flops_per_token
 from mobilellm_jax.model.presets import PRESETS
 from mobilellm_jax.model.transformer import abstract_params
 from mobilellm_jax.training.optimizer import learning_rate_schedule
@@ -326,6 +327,28 @@ def losses_of_two_steps(settings):
     )
     # The first update has a learning rate of 0.
     return [workload.run(workload.prepare(number, 1))[0] for number in (0, 1, 2)][1:]
+
+
+def test_products_are_all_that_a_step_has():
+    """Their FLOPs, and attention's, are those of `train_flops_per_token`; key and value are alike,
+    and so are up and gate."""
+    T = 64
+    found = products.products(TINY_CONFIG, T)
+    twice = ("key", "up")
+    flops = sum(
+        2 * M * K * N
+        * (1 + name.startswith(twice))
+        * (1 if name.startswith("head") else TINY_CONFIG.num_layers)
+        for name, (_, M, K, N) in found.items()
+    )  # fmt: skip
+    assert flops == T * train_flops_per_token(TINY_CONFIG, T).matmul
+
+
+@pytest.mark.slow
+def test_products_are_timed_against_those_of_torch(tmp_path):
+    result = run_tiny(tmp_path, "products", "--sequence_length", 32, "--samples", 1)
+    assert list(result["sides"]) == list(products.products(TINY_CONFIG, 64))
+    assert all(side["speed_of_torch"] > 0 for side in result["sides"].values())
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ WHATS = {
         (2, 512, 3),
         "training steps with one choice made otherwise, each alone",
     ),
+    "products": ("products", "measure", (2, 512, 5), "each matrix product of a step by itself"),
     "attention": ("attention", "measure", (2, 512, 10), "each attention kernel that runs here"),
     "loss": ("loss", "measure", (2, 512, 10), "cross-entropy in slices against all logits at once"),
     "decode": ("generation", "measure_decode", (1, None, 10), "greedy decoding against `generate`"),

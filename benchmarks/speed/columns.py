@@ -131,6 +131,10 @@ _COLUMNS = {
         _Column("time, of the step as shipped", _number("time_of_shipped", "{:.2f}")),
         _Column("memory, of the step as shipped", _number("memory_of_shipped", "{:.2f}")), _SPREAD,
     ],
+    "products": [
+        _Column("TFLOP/s", _number("flops_per_second", "{:.2f}", 1e12), absolute=True),
+        _Column("speed, of torch", _number("speed_of_torch", "{:.2f}")), _SPREAD,
+    ],
     "attention": [
         _TIME, _speed_of("torch"), _MEMORY, _SPREAD, _Column("error against fp32", _errors),
     ],

@@ -45,6 +45,7 @@ JOBS = {
     "scanned-125m-16": _train("125m", 16, _OURS),
     "techniques": f"techniques --preset 125m --batch_size 16 {LENGTH} --samples 5 --only "
     "products-by-autodiff attention-at-once logits-at-once",
+    "products": f"products --preset 125m --batch_size 16 {LENGTH}",
     "compile-125m": f"compile --preset 125m --batch_size 16 {LENGTH} --samples 2",
     "scanned-125m-8": _train("125m", 8, _OURS),
     "scanned-125m-64": _train("125m", 64, _OURS),

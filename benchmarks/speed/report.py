@@ -29,6 +29,7 @@ _TITLES = {
     "train": "Training steps",
     "losses": "Losses of the same steps",
     "techniques": "Techniques, one at a time",
+    "products": "Matrix products by themselves",
     "attention": "Attention, forward and backward",
     "loss": "Cross-entropy in slices against all logits",
     "decode": "Decoding",

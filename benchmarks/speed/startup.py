@@ -2,8 +2,9 @@
 
 "cold" with an empty folder for JAX's persistent compilation cache, "warm" with what a cold run left
 in it (JAX_COMPILATION_CACHE_DIR, which any `mobilellm train` takes too). Every run is a fresh
-process that imports, makes the weights on the device, compiles and does one step; or, with
-`--compile_only`, no weights and no step, where they would not fit. With them the seconds of `import mobilellm_jax` and of `mobilellm --help`, whole processes too.
+process that imports, makes the weights on the device, compiles and does one step; with
+`--compile_only` neither weights nor a step, where they would not fit. With them the seconds of
+`import mobilellm_jax` and of `mobilellm --help`, whole processes too.
 """
 
 import argparse

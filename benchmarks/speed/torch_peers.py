@@ -241,3 +241,28 @@ def build_attention(settings: dict) -> Workload:
         return [None] * len(calls)
 
     return Workload(prepare, run, lambda: {"peak_bytes": peak_bytes(device)})
+
+
+def products(settings: dict) -> dict[str, list[float]]:
+    """`torch.mm` of each product of `products.products`."""
+    import torch
+
+    from benchmarks.speed.products import timed_products
+
+    device = _device(settings["platform"])
+    torch.set_float32_matmul_precision("high")
+    dtype = getattr(torch, settings["execution"]["dtype"])
+
+    def prepare(left, right, transposed):
+        left, right = (torch.from_numpy(x).to(device, dtype) for x in (left, right))
+        left = left.T if transposed == "left" else left
+        right = right.T if transposed == "right" else right
+
+        def run(count):
+            for _ in range(count):
+                torch.mm(left, right)
+            _synchronize(device)
+
+        return run
+
+    return timed_products(settings, prepare)
