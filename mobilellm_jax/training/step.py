@@ -110,21 +110,24 @@ def make_train_step(
         if gather == "step":
             tables = {name: weights[name] for name in ("embedding", "head") if name in weights}
             weights = _lay_out(weights, config, whole=True) | tables
-        sum_and_grad = jax.value_and_grad(loss_sum)
+        # The mean over the whole batch is taken here and not of the gradients: a pass less over
+        # an array of every parameter.
+        num_tokens = jnp.maximum(batch["loss_weights"].sum(), 1.0)
+        batch = batch | {"loss_weights": batch["loss_weights"] / num_tokens}
+        loss_and_grad = jax.value_and_grad(loss_sum)
 
         def add_microbatch(total, microbatch):
-            new = sum_and_grad(weights, microbatch, config, execution, mask_documents)
+            new = loss_and_grad(weights, microbatch, config, execution, mask_documents)
             return jax.tree.map(lambda t, n: t + n.astype(jnp.float32), total, new), None
 
         if accumulation_steps == 1:
-            total = sum_and_grad(weights, batch, config, execution, mask_documents)
+            total = loss_and_grad(weights, batch, config, execution, mask_documents)
         else:
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), weights)
             zeros = _lay_out(zeros, config, whole=False)
             microbatches = split_batch(batch, accumulation_steps)
             total, _ = jax.lax.scan(add_microbatch, (jnp.float32(0), zeros), microbatches)
-        num_tokens = jnp.maximum(batch["loss_weights"].sum(), 1.0)
-        loss, grads = jax.tree.map(lambda x: x.astype(jnp.float32) / num_tokens, total)
+        loss, grads = jax.tree.map(lambda x: x.astype(jnp.float32), total)
         grads = _lay_out(grads, config, whole=False)
 
         with jax.named_scope("optimizer"):
