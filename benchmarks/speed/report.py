@@ -24,6 +24,10 @@ each of which holds its command, hardware, versions and all samples. How things 
 same weights and the same tokens, every side in a process of its own. "spread" is the distance of
 the quartiles over the median. MFU is given by three counts of FLOPs per token (`model/config.py`):
 weights alone (6N), with the causal half of attention (the headline), with all of it.
+
+Where a step's time goes on a CPU, and what of it is XLA's: [cpu_step.md](cpu_step.md). What moves
+between chips: [scaling.md](scaling.md). No GPU or TPU has run anything yet where no table says so;
+`python -m benchmarks.speed gpu` fills them in.
 """
 _TITLES = {
     "train": "Training steps",
@@ -117,6 +121,11 @@ def _machine(result: dict) -> str:
     return hardware["device_kind"]
 
 
+def _tokens_per_step(result: dict) -> int:
+    settings = result["settings"]
+    return settings.get("batch_size", 0) * settings.get("sequence_length", 0)
+
+
 def _is_cpu(result: dict) -> bool:
     return result["hardware"]["platform"] == "cpu"
 
@@ -135,6 +144,7 @@ def page_text(found: list[dict], picture: str | None) -> str:
             of_what = [result for result in here if result["what"] == what]
             if not of_what:
                 continue
+            of_what.sort(key=_tokens_per_step)
             text = result_table(of_what, absolute=not _is_cpu(here[0]))
             parts.append(f"### {title}\n\n{text}\n")
         commands = dict.fromkeys(result["command"] for result in here)
@@ -174,7 +184,7 @@ def draw(found: list[dict], path: Path) -> bool:
         if result["what"] != "train":
             continue
         settings = result["settings"]
-        size = settings["batch_size"] * settings["sequence_length"]
+        size = _tokens_per_step(result)
         panel = f"{result['preset']}, {_machine(result)}"
         for name, side in result["sides"].items():
             if "mfu" not in side:
