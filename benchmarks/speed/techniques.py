@@ -74,16 +74,15 @@ def measure(bench: Benchmark) -> None:
         group = [_side(name, bench.settings) for name in chosen[start : start + _SIDES_AT_ONCE]]
         shipped = Side(SHIPPED, build, bench.settings | {"without": None})
         found = compare([shipped, *group], num_samples=args.samples, take_turns=bench.take_turns)
-        of = found.pop(SHIPPED)
-        bench.sides.setdefault(SHIPPED, of)
+        of = found[SHIPPED]
         for side in found.values():
-            if "error" not in side:
+            if "error" not in side and "error" not in of:
                 tokens = args.batch_size * length
                 side["tokens_per_second"] = tokens / side["seconds"]["median"]
-            if "error" not in side and "error" not in of:
                 side["time_of_shipped"] = side["seconds"]["median"] / of["seconds"]["median"]
                 side["memory_of_shipped"] = side["peak_bytes"] / of["peak_bytes"]
-        bench.sides |= found
+        # Of the step as it ships, those of the first turns.
+        bench.sides |= {k: side for k, side in found.items() if k not in bench.sides}
 
 
 def _side(name: str, settings: dict) -> Side:
