@@ -14,39 +14,17 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 
+from benchmarks.compiled_traffic import ROOT, SEQUENCE_LENGTH, compile_step
 from benchmarks.speed.columns import compiled_tpu_table
 from mobilellm_jax.files import write_file
 from mobilellm_jax.model.config import count_params
 from mobilellm_jax.model.presets import PRESETS
 from mobilellm_jax.planning.hlo import Instruction, parse, trip_count
-from mobilellm_jax.planning.topologies import topology
-from mobilellm_jax.training import run_config
-from mobilellm_jax.training.program import TrainProgram
-from mobilellm_jax.training.run_config import load_config
-from mobilellm_jax.training.sharding import make_mesh
 
-ROOT = Path(__file__).parents[1]
-SEQUENCE_LENGTH = 2048
 _STATE_BYTES_PER_PARAM = 12  # fp32 weight and two moments
-
-
-def compile_step(chips: str, preset: str, rows: int, settings: list[str]) -> jax.stages.Compiled:
-    """The training step of a preset, `rows` sequences on each chip of a slice, data parallel."""
-    hardware = topology(chips)
-    num_chips = len(hardware.devices)
-    overrides = [
-        f"--config.train.global_batch_size={rows * num_chips}",
-        f"--config.mesh.data={num_chips}",
-        "--config.mesh.fsdp=1",
-        *(f"--config.execution.{setting}" for setting in settings),
-    ]
-    config = load_config(str(ROOT / "configs" / f"{preset}.py"), overrides)
-    mesh = make_mesh(config.mesh, run_config.model_config(config), hardware.devices)
-    return TrainProgram(config, mesh, SEQUENCE_LENGTH).lower().compile()
 
 
 def padded_arrays(shape: str) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
@@ -125,7 +103,7 @@ def main() -> None:
     results = {}
     for chips in args.chips:
         for execution in args.executions:
-            compiled = compile_step(chips, args.preset, args.rows, execution.split(","))
+            compiled = compile_step(args.preset, args.rows, execution.split(","), chips)
             results[f"{chips}, {execution}"] = figures(compiled, args.preset, args.rows)
             print(f"{chips}, {execution}: compiled", flush=True)
     values = {

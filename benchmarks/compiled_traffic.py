@@ -135,9 +135,11 @@ def _written(callee, result: Instruction) -> int:
     return _size(result)
 
 
-def compile_step(preset: str, rows: int, settings: list[str]):
-    """The training step of a preset on `TOPOLOGY`, compiled."""
-    hardware = topology(TOPOLOGY)
+def compile_step(
+    preset: str, rows: int, settings: list[str], chips: str = TOPOLOGY
+) -> jax.stages.Compiled:
+    """The training step of a preset, `rows` sequences on each chip, data parallel."""
+    hardware = topology(chips)
     num_chips = len(hardware.devices)
     overrides = [
         f"--config.train.global_batch_size={rows * num_chips}",

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.compiled_tpu import SEQUENCE_LENGTH, padded_arrays
+from benchmarks.compiled_tpu import padded_arrays
+from benchmarks.compiled_traffic import SEQUENCE_LENGTH
 from mobilellm_jax.planning.hlo import parse
 
 ROOT = Path(__file__).parents[1]
@@ -22,9 +23,10 @@ COMPILE = """
 import json, sys
 import jax
 jax.config.update("jax_platforms", "cpu")
-from benchmarks.compiled_tpu import compile_step, figures
+from benchmarks.compiled_tpu import figures
+from benchmarks.compiled_traffic import compile_step
 for name, setting in json.loads(sys.argv[1]).items():
-    compiled = compile_step("v5e:2x2", "125m", int(sys.argv[2]), [setting])
+    compiled = compile_step("125m", int(sys.argv[2]), [setting], "v5e:2x2")
     open(f"{sys.argv[3]}/{name}.hlo", "w").write(compiled.as_text())
     found = json.dumps(figures(compiled, "125m", int(sys.argv[2])))
     open(f"{sys.argv[3]}/{name}.json", "w").write(found)
