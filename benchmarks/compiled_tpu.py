@@ -22,7 +22,7 @@ from benchmarks.speed.columns import compiled_tpu_table
 from mobilellm_jax.files import write_file
 from mobilellm_jax.model.config import count_params
 from mobilellm_jax.model.presets import PRESETS
-from mobilellm_jax.planning.hlo import Instruction, parse, trip_count
+from mobilellm_jax.planning.hlo import executed, parse
 
 _STATE_BYTES_PER_PARAM = 12  # fp32 weight and two moments
 
@@ -41,23 +41,6 @@ def padded_arrays(shape: str) -> Iterator[tuple[str, tuple[int, ...], int, int]]
         yield dtype, tuple(sizes), math.prod(sizes) * num_bytes, math.prod(padded) * num_bytes
 
 
-def executed(
-    computations: dict, name: str, times: int = 1
-) -> Iterator[tuple[int, str, Instruction]]:
-    """How often each instruction is run for itself, not as part of a fusion; its name; itself."""
-    for key, instruction in computations[name].items():
-        if key == "ROOT":
-            continue
-        yield times, key, instruction
-        if instruction.opcode == "while":
-            rounds = trip_count(computations, computations[name], instruction)
-            body = instruction.attribute(r"body=%?([\w.\-]+)")
-            yield from executed(computations, body, times * rounds)
-        elif instruction.opcode in ("call", "async-start"):
-            callee = instruction.attribute(r"(?:to_apply|calls)=%?([\w.\-]+)")
-            yield from executed(computations, callee, times)
-
-
 def figures(compiled: jax.stages.Compiled, preset: str, rows: int) -> dict:
     """What is to be known of a compiled step."""
     computations, entry = parse(compiled.as_text())
@@ -65,7 +48,7 @@ def figures(compiled: jax.stages.Compiled, preset: str, rows: int) -> dict:
     tokens = rows * SEQUENCE_LENGTH
     kernels = dict.fromkeys(("fwd", "dq", "dkv"), 0)  # parts of Splash's names
     plain, padded = 1, 1
-    for times, name, instruction in executed(computations, entry):
+    for times, _, name, instruction in executed(computations, entry):
         if found := re.match(r"splash_mha_(\w+?)_", name):
             kernels[found[1]] += times
         if instruction.opcode == "while":

@@ -22,7 +22,7 @@ import jax
 from benchmarks.speed.columns import compiled_traffic_table
 from mobilellm_jax.files import write_file
 from mobilellm_jax.model.presets import PRESETS
-from mobilellm_jax.planning.hlo import Instruction, parse, trip_count
+from mobilellm_jax.planning.hlo import Instruction, executed, parse
 from mobilellm_jax.planning.topologies import topology
 from mobilellm_jax.training import run_config
 from mobilellm_jax.training.program import TrainProgram
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 TOPOLOGY, SEQUENCE_LENGTH = "h100:8", 2048
 _FREE = (
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "iota", "partition-id",
-    "replica-id", "after-all",
+    "replica-id", "after-all", "while", "call", "async-start",
 )  # fmt: skip
 
 
@@ -50,27 +50,13 @@ class Kernel(NamedTuple):
 def kernels(hlo_text: str) -> list[Kernel]:
     """Every kernel of a program compiled for a GPU."""
     computations, entry = parse(hlo_text)
-    return list(_walk(computations, entry, 1))
-
-
-def _walk(computations, name, times):
-    around = computations[name]
-    for key, instruction in around.items():
-        opcode = instruction.opcode
-        if key == "ROOT" or opcode in _FREE or opcode.endswith("-done"):
-            continue
-        if opcode == "while":
-            rounds = trip_count(computations, around, instruction)
-            yield from _walk(
-                computations, instruction.attribute(r"body=%?([\w.\-]+)"), times * rounds
-            )
-        elif opcode in ("call", "async-start"):
-            callee = instruction.attribute(r"(?:to_apply|calls)=%?([\w.\-]+)")
-            yield from _walk(computations, callee, times)
-        else:
+    found = []
+    for times, around, name, instruction in executed(computations, entry):
+        if instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
             moved = _bytes(computations, around, instruction)
             where = instruction.attribute(r'op_name="([^"]*)"') or ""
-            yield Kernel(_kind(key, instruction), times, moved, key, where)
+            found.append(Kernel(_kind(name, instruction), times, moved, name, where))
+    return found
 
 
 def _kind(name: str, instruction: Instruction) -> str:

@@ -6,6 +6,7 @@ The forms read here are those that XLA's CPU, GPU and TPU compilers print (jaxli
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 
@@ -70,6 +71,28 @@ def trip_count(computations, around: dict[str, Instruction], loop: Instruction) 
     step = next(filter(None, (_constant(body, name) for name in addends)), None)
     assert stop is not None and step is not None, loop
     return math.ceil((stop - start) / step)
+
+
+def executed(
+    computations: dict[str, dict[str, Instruction]], name: str, times: int = 1
+) -> Iterator[tuple[int, dict[str, Instruction], str, Instruction]]:
+    """Every instruction that is run for itself, not as part of a fusion, from a computation on.
+
+    Yields how often it is run, the computation around it, its name and itself; loops and calls
+    come before what is in them.
+    """
+    around = computations[name]
+    for key, instruction in around.items():
+        if key == "ROOT":
+            continue
+        yield times, around, key, instruction
+        if instruction.opcode == "while":
+            rounds = trip_count(computations, around, instruction)
+            body = instruction.attribute(r"body=%?([\w.\-]+)")
+            yield from executed(computations, body, times * rounds)
+        elif instruction.opcode in ("call", "async-start"):
+            callee = instruction.attribute(r"(?:to_apply|calls)=%?([\w.\-]+)")
+            yield from executed(computations, callee, times)
 
 
 def _constant(computation: dict[str, Instruction], name: str) -> int | None:
