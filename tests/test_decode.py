@@ -29,7 +29,8 @@ def run(config, params, method, tokens, *args, **capacity):
         hidden, fresh = model.apply({"params": params}, tokens, method="prefill")
         cache = make_cache(fresh, *args, **capacity)
     else:
-        hidden, cache = decode(config, decode_weights(params, "float32"), tokens, *args)
+        weights = decode_weights(params, "float32", num_rows=tokens.shape[0])
+        hidden, cache = decode(config, weights, tokens, *args)
     return model.apply({"params": params}, hidden, method="logits"), cache
 
 
@@ -57,14 +58,27 @@ def test_prefill_and_decode_equal_the_full_pass_at_every_position(config):
 
 
 @kinds
-def test_decoding_several_tokens_at_once_equals_the_full_pass(config):
+def test_decoding_several_tokens_of_one_row_equals_the_full_pass(config):
     params = random_params(config)
-    full = full_logits(config)
-    _, cache = run(config, params, "prefill", TOKENS[:, :5], jnp.full(3, 5), capacity=CAPACITY)
-    logits, cache = run(config, params, "decode", TOKENS[:, 5:9], cache)
+    full = full_logits(config)[:1]
+    tokens = TOKENS[:1]
+    _, cache = run(config, params, "prefill", tokens[:, :5], jnp.full(1, 5), capacity=CAPACITY)
+    logits, cache = run(config, params, "decode", tokens[:, 5:9], cache)
     np.testing.assert_allclose(logits, full[:, 5:9], atol=ATOL)
-    logits, _ = run(config, params, "decode", TOKENS[:, 9:], cache)
+    logits, _ = run(config, params, "decode", tokens[:, 9:], cache)
     np.testing.assert_allclose(logits, full[:, 9:], atol=ATOL)
+
+
+def test_weights_for_one_row_serve_several():
+    config = ALL_KINDS["none-x1-own"]
+    params = random_params(config)
+    _, cache = run(config, params, "prefill", TOKENS[:, :5], jnp.full(3, 5), capacity=CAPACITY)
+    step = jax.jit(functools.partial(decode, config))
+    hidden = [
+        step(decode_weights(params, "float32", num_rows=rows), TOKENS[:, 5:6], cache)[0]
+        for rows in (1, 3)
+    ]
+    np.testing.assert_allclose(*hidden, atol=ATOL)
 
 
 @kinds
@@ -78,7 +92,7 @@ def test_cache_has_the_size_that_the_config_says(config):
 
 def test_a_decode_step_reads_weights_and_cache_where_they_lie():
     config = ALL_KINDS["none-x1-own"]
-    weights = decode_weights(random_params(config), "float32")
+    weights = decode_weights(random_params(config), "float32", num_rows=1)
     _, cache = run(config, random_params(config), "prefill", TOKENS[:1, :5], 5, capacity=64)
     cache = cache._replace(lengths=jnp.full(1, 5))
     step = jax.jit(functools.partial(decode, config), donate_argnums=2)
