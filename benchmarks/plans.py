@@ -2,7 +2,7 @@
 
   python benchmarks/plans.py                    # all that are missing; needs both compilers
   python benchmarks/plans.py --platforms h100-8 h100-64 --presets 125m --force
-  python benchmarks/plans.py --scaling          # one batch on 8 to 512 chips
+  python benchmarks/plans.py --scaling h100     # one batch on 8 to 512 chips
   python benchmarks/plans.py --report           # docs/plans.md and the pictures, from what is there
 
 tests/test_plans.py compiles them again and compares.

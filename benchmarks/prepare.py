@@ -11,11 +11,11 @@ Target: ratio of (b) to (a) at least 0.8, and the same peak memory for one and f
 import argparse
 import json
 import multiprocessing
-import resource
 import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -81,10 +81,30 @@ def run_prepare(path: Path, folder: Path, tokenizer: str, num_workers: int) -> f
     return seconds
 
 
+def resident_peak(pid: int | str = "self") -> int:
+    """Most MiB that a process had resident; 0 if it is gone. `ru_maxrss` would be no less than
+    that of the process which started it."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
 def report_memory(path, folder, tokenizer, num_workers, result) -> None:
+    done, workers = threading.Event(), [0]
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            peaks = [resident_peak(child.pid) for child in multiprocessing.active_children()]
+            workers.append(max(peaks, default=0))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
     run_prepare(path, folder, tokenizer, num_workers)
-    parts = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    result.put([resource.getrusage(part).ru_maxrss // 1024 for part in parts])
+    done.set()
+    watching.join()
+    result.put([resident_peak(), max(workers)])
 
 
 def peak_memory(*arguments) -> list[int]:

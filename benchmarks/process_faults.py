@@ -102,6 +102,7 @@ class Run:
         *arguments: str,
         own: dict[int, list[str]] | None = None,
         absent: tuple[int, ...] = (),
+        optimized: bool = False,
     ):
         self.workdir = folder / name
         self.hang = folder / f"{name}.hang"
@@ -124,7 +125,8 @@ class Run:
                 "JAX_PLATFORMS": "cpu",
                 "JAX_NUM_CPU_DEVICES": str(devices[i]),
                 "OMP_NUM_THREADS": "1",
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling takes most of the time
+                # Compiling takes most of the time of a short run.
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "0" if optimized else "1",
                 "HANG": f"{self.hang}.{i}",
             }
             with open(self.outputs[i], "wb") as output:

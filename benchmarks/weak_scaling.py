@@ -39,7 +39,7 @@ def step_seconds(folder: Path, count: int, mesh: str, rows: int, steps: int) -> 
         f"--config.mesh.{'data' if mesh == 'fsdp' else 'fsdp'}=1",
     ]  # fmt: skip
     name = f"{mesh}{count}"
-    with process_faults.Run(folder, name, count, 1, *arguments) as run:
+    with process_faults.Run(folder, name, count, 1, *arguments, optimized=True) as run:
         for process, core in zip(
             run.processes, itertools.cycle(os.sched_getaffinity(0)), strict=False
         ):

@@ -82,6 +82,12 @@ def test_weights_laid_out_before_give_the_same_tokens():
     np.testing.assert_array_equal(tokens_of(PROMPTS, weights=weights), tokens_of(PROMPTS))
 
 
+def test_a_single_token_lays_nothing_out_for_decoding(monkeypatch):
+    name = "mobilellm_jax.inference.generate.decode_weights"
+    monkeypatch.setattr(name, lambda *_, **__: pytest.fail("laid out"))
+    assert tokens_of(PROMPTS, max_tokens=1).shape == (len(PROMPTS), 1)
+
+
 def test_tokens_come_as_they_are_made():
     stream = generate_tokens(CONFIG, PARAMS, PROMPTS, max_tokens=3, sampling=GREEDY)
     assert next(stream).shape == (3,)

@@ -244,15 +244,19 @@ def test_jobs_that_fail_or_run_too_long_do_not_keep_the_others_from_their_result
     trained, tmp_path, capsys
 ):
     (tmp_path / "before.json").write_text(json.dumps(trained[1]))
+    failed = trained[1] | {"sides": trained[1]["sides"] | {"jax": {"error": "out of memory"}}}
+    (tmp_path / "failed.json").write_text(json.dumps(failed))
     jobs = {
         "before": ["train"],
+        "failed": ["train", "--preset", "10b"],
         "wrong": ["train", "--preset", "9b"],
         "long": ["train", "--preset", "1.5b"],
     }
     assert gpu.run_jobs(jobs, tmp_path, budget=90, job_limit=4) == 1
     shown = capsys.readouterr().out
-    assert "done before" in shown and "failed with status 2" in shown and "limit of 4 s" in shown
-    assert json.loads((tmp_path / "gpu.json").read_text()) == [trained[1]]
+    assert "done before" in shown and "limit of 4 s" in shown
+    assert shown.count("failed with status 2") == 2
+    assert json.loads((tmp_path / "gpu.json").read_text()) == [trained[1], failed]
     assert "9b" in (tmp_path / "wrong.log").read_text()
 
 

@@ -2,13 +2,15 @@
 
 Tokens per second of `decode` are those after the first of a generation (what a generation of one
 token takes is measured too and left out); of `prefill`, those of the prompt up to its first token.
+Both sides have loaded their weights before, ours laid out for decoding as by one who generates
+again and again; what that takes is "layout_seconds" in the JSON.
 
 A decoder of one row is bound by reading its weights. "of copy bandwidth" is bytes of weights read
 per second over the bytes that changing a large array in place, in the same process, reads and
 writes per second; "of read bandwidth", over those that the product of a large matrix and a vector
 reads. What a machine that others use has of it changes by the minute: both are measured before each
-sample, and the median taken. A shared block's weights count at each visit; keys and values, few at
-these lengths, do not.
+sample, and the median taken. Peak memory is that of a generation before the first of these. A
+shared block's weights count at each visit; keys and values, few at these lengths, do not.
 
 Weights are spread wider than those that training begins with, which choose one token forever: equal
 tokens would mean little.
@@ -130,21 +132,27 @@ def build(settings: dict) -> Workload:
     with named_if_missing("decode and prefill"):
         from mobilellm_jax.inference.generate import generate_tokens
         from mobilellm_jax.inference.sampling import Sampling
+        from mobilellm_jax.model.decoding import decode_weights
     config = ModelConfig.from_dict(settings["model"])
     execution = Execution(**settings["execution"])
     # In the dtype that they are read in, as one who decodes would load them.
     params = jax.tree.map(lambda w: jnp.asarray(w, execution.dtype), random_weights(config))
-    shape = (settings["batch_size"], settings["prompt_length"])
+    shape, num_tokens = (settings["batch_size"], settings["prompt_length"]), settings["num_tokens"]
+
+    def lay_out():
+        return jax.block_until_ready(decode_weights(params, execution.dtype, num_rows=shape[0]))
+
+    weights = lay_out() if num_tokens > 1 else None
 
     def continued(prompts, num_tokens):
         stream = generate_tokens(
             config, params, prompts, max_tokens=num_tokens, sampling=Sampling(temperature=0),
-            execution=execution,
+            execution=execution, weights=weights,
         )  # fmt: skip
         rows = [tokens.tolist() for tokens in stream]
         return [list(row) for row in zip(*rows, strict=True)]
 
-    bandwidths = []
+    peaks, bandwidths = [], []
 
     def prompts_of(first, count):
         return [
@@ -152,21 +160,26 @@ def build(settings: dict) -> Workload:
         ]
 
     def prepare(first, count):
-        bandwidths.append(memory_bandwidth())
+        if first and num_tokens > 1:
+            peaks.append(jax_side.peak_bytes())
+            bandwidths.append(memory_bandwidth())
         return prompts_of(first, count)
 
     def run(prompts):
-        return [continued(p, settings["num_tokens"]) for p in prompts]
+        return [continued(p, num_tokens) for p in prompts]
 
     def facts():
-        found = {"peak_bytes": jax_side.peak_bytes()}
+        if num_tokens == 1:
+            return {"peak_bytes": jax_side.peak_bytes()}
+        start = time.perf_counter()
+        lay_out()
+        found = {"peak_bytes": peaks[0], "layout_seconds": time.perf_counter() - start}
         found |= torch_peers.first_token_seconds(lambda p: continued(p, 1), prompts_of)
         bytes_per_weight = jnp.dtype(execution.dtype).itemsize
         found["weight_bytes_per_token"] = matmul_params_per_token(config) * bytes_per_weight
-        medians = {
-            name: statistics.median(one[name] for one in bandwidths) for name in bandwidths[0]
-        }
-        return found | medians
+        for name in bandwidths[0]:
+            found[name] = statistics.median(one[name] for one in bandwidths)
+        return found
 
     return Workload(prepare, run, facts)
 

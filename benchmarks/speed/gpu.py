@@ -1,8 +1,8 @@
 """`gpu`: everything that is asked of a GPU, most important first, in a fixed time.
 
 Each job is a process of its own with a limit of its own; one that fails or runs out of time does
-not keep the others from running. What has a result already is not run again, so the same command
-goes on where the time was too short. All results are put together in FOLDER/gpu.json, which
+not keep the others from running. What has a result of ours already is not run again, so the same
+command goes on where the time was too short. All results are put together in FOLDER/gpu.json, which
 `python -m benchmarks.speed report` reads from docs/performance/; the table is printed last.
 """
 
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from benchmarks.speed.columns import tables_by_what
-from benchmarks.speed.results import write_results
+from benchmarks.speed.results import ours_failed, write_results
 from mobilellm_jax.errors import UserError
 
 _LEAST_SECONDS = 40  # that a job is started with
@@ -105,7 +105,7 @@ def run_jobs(jobs: dict[str, list[str]], folder: Path, budget: float, job_limit:
     end, outcomes = time.monotonic() + budget, {}
     for number, (name, words) in enumerate(jobs.items(), start=1):
         path, left = folder / f"{name}.json", end - time.monotonic()
-        if path.exists():
+        if _is_done(path):
             outcomes[name] = "done before"
         elif left < _LEAST_SECONDS:
             outcomes[name] = "no time left"
@@ -122,6 +122,10 @@ def run_jobs(jobs: dict[str, list[str]], folder: Path, budget: float, job_limit:
         print(f"{name:20s} {outcome}")
     print(f"\n{folder / 'gpu.json'}")
     return 0 if all(outcome.startswith("done") for outcome in outcomes.values()) else 1
+
+
+def _is_done(path: Path) -> bool:
+    return path.exists() and not ours_failed(json.loads(path.read_text())["sides"])
 
 
 def _run_job(words: list[str], path: Path, log: Path, limit: float) -> str:

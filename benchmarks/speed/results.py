@@ -53,7 +53,7 @@ class Benchmark:
     @property
     def failed(self) -> bool:
         """Whether one of our own sides failed; a peer may."""
-        return any("error" in side for name, side in self.sides.items() if not _is_peer(name))
+        return ours_failed(self.sides)
 
     def to_dict(self) -> dict:
         """What the file holds."""
@@ -76,8 +76,10 @@ class Benchmark:
         }
 
 
-def _is_peer(name: str) -> bool:
-    return name.startswith(("torch", "liger"))
+def ours_failed(sides: dict[str, dict]) -> bool:
+    """Whether a side that is no peer has an error."""
+    peers = ("torch", "liger")
+    return any("error" in side for name, side in sides.items() if not name.startswith(peers))
 
 
 def _host() -> dict:

@@ -83,6 +83,8 @@ def _steps(model, params, weights, prompts, row_keys, max_tokens, sampling):
     hidden, fresh = _prefill(model, params, tokens, lengths_B)
     next_B = _first_token(model, params, hidden, row_keys, sampling)
     yield next_B
+    if max_tokens == 1:
+        return
     cache = make_cache(fresh, lengths_B, _round_up(max(lengths) + max_tokens))
     del fresh
     weights = weights or decode_weights(params, model.execution.dtype, num_rows=len(prompts))
