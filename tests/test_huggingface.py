@@ -284,6 +284,15 @@ def test_an_earlier_export_is_replaced_and_anything_else_is_not(tmp_path):
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_an_export_without_its_checksums_is_not_replaced(tmp_path):
+    folder = tmp_path / "model"
+    save_hf(folder, TINY, make_params(TINY, 0))
+    (folder / "SHA256SUMS").unlink()
+    with pytest.raises(UserError, match="not an earlier export"):
+        save_hf(folder, TINY, make_params(TINY, 1))
+    chex.assert_trees_all_equal(load_hf(folder)[1], make_params(TINY, 0))
+
+
 def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -83,8 +83,12 @@ def verify_checksums(folder: Path) -> None:
 
 
 def _read_checksums(path: Path) -> dict[str, str]:
+    try:
+        content = path.read_bytes().decode(errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     sums = {}
-    for line in path.read_bytes().decode(errors="replace").splitlines():
+    for line in content.splitlines():
         digest, _, name = line.partition("  ")
         if len(digest) != 64 or not name or name in sums:
             raise UserError(f"{path}: is damaged in the line {line!r:.120}; get the folder again")
