@@ -98,6 +98,13 @@ def test_parameters_and_other_strides_are_read(published):
     chex.assert_trees_all_equal(load_hf(published)[1], make_params(TINY))
 
 
+def test_a_view_that_stands_for_its_negative_is_read(published):
+    negative = torch.complex(torch.ones(24), torch.full((24,), 0.5)).conj().imag
+    assert negative.is_neg()
+    edit_bin(published, lambda t: t | {"model.norm.weight": negative})
+    assert (load_hf(published)[1]["final_norm"]["scale"] == -0.5).all()
+
+
 def test_several_files_are_read_by_their_index(published):
     split_bin(published)
     chex.assert_trees_all_equal(load_hf(published)[1], make_params(TINY))
@@ -164,6 +171,7 @@ def test_a_whole_module_is_refused(published):
     [
         (lambda t: [*t.values()], "holds list, not tensors by name"),
         (lambda t: {"state_dict": t}, "state_dict is a dict, not a tensor"),
+        (lambda t: t | {"model.norm.weight": torch.ones(24, device="meta")}, "no values.*meta"),
         (lambda t: t | {"x": 3}, "x is a int, not a tensor"),
         (lambda t: t | {"model.norm.weight": torch.ones(24).double()}, "float64"),
         (lambda t: t | {"model.norm.weight": torch.ones(24).to_sparse()}, "sparse"),

@@ -51,13 +51,17 @@ class PickledWeightFiles(WeightFiles):
         return tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def _read(self, path: Path, opened: Any, name: str) -> np.ndarray:
-        return opened[name].detach().float().numpy()
+        return opened[name].float().numpy(force=True)  # a view may stand for its negative
 
 
 def _check_tensor(torch, path: Path, name: str, tensor: Any) -> None:
     kinds = (torch.float32, torch.bfloat16, torch.float16)
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         raise UserError(f"{path}: {name:.120} is a {type(tensor).__name__}, not a tensor")
+    if tensor.device.type != "cpu":
+        raise UserError(
+            f"{path}: tensor {name:.120} has no values (device {tensor.device}); get it again"
+        )
     if tensor.dtype not in kinds or tensor.layout is not torch.strided:
         raise UserError(
             f"{path}: tensor {name:.120} has dtype {tensor.dtype} ({tensor.layout}): only "
