@@ -91,3 +91,9 @@ def test_the_table_has_every_preset(capsys):
     text = capsys.readouterr().out
     assert all(f"| {name} " in text for name in PRESETS)
     assert "1024 tokens" in text and "600.0 MB" in text
+
+
+@pytest.mark.parametrize("length", [0, -5])
+def test_a_context_without_tokens_is_refused(length, capsys):
+    assert main(["convert", "--estimate", "--context_length", str(length)]) == 2
+    assert f"--context_length {length}: use 1 or more" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import dataclasses
 
 from mobilellm_jax.conversion.report import megabytes
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig, count_params, kv_cache_bytes_per_token
 from mobilellm_jax.model.presets import PRESETS
 from mobilellm_jax.tables import table
@@ -75,8 +76,18 @@ def expansion(config: ModelConfig) -> str:
 
 
 def estimate_table(context_length: int | None) -> str:
-    """What `mobilellm convert --estimate` prints: every preset in every phone format, in MB."""
-    context_length = context_length or 2048
+    """What `mobilellm convert --estimate` prints: every preset in every phone format, in MB.
+
+    Args:
+      context_length: in tokens, 1 or more; None is 2048.
+
+    Raises:
+      UserError: another context_length.
+    """
+    if context_length is None:
+        context_length = 2048
+    if context_length < 1:
+        raise UserError(f"--context_length {context_length}: use 1 or more")
     rows = []
     for name, config in PRESETS.items():
         costs = [estimate(config, *column, context_length) for column in _COLUMNS]
@@ -92,10 +103,6 @@ def estimate_table(context_length: int | None) -> str:
         "(fp16 in llama.cpp, fp32 elsewhere); working memory and the app come on top.\n"
         f"* is more than {megabytes(DRAM_BUDGET)}, the paper's budget: a tenth of 6 GB."
     )
-
-
-def _cell(cost: Cost) -> str:
-    return f"{cost.file / 1e6:,.0f} / {cost.memory / 1e6:,.0f}{'' if cost.fits else ' *'}"
 
 
 def _block_weights(config: ModelConfig) -> int:
