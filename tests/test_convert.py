@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import subprocess
+import types
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hf_folders import make_params, train_small_tokenizer
 
 from mobilellm_jax.cli import main
+from mobilellm_jax.conversion import command
 from mobilellm_jax.conversion.formats import FORMATS
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.training.checkpoints import save_params
@@ -189,3 +191,11 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tokenizer_model, tmp_path, cap
     run = save(tmp_path / "run", tokenizer_model, vocab_size=300)
     status, text = convert(capsys, "--to", "gguf", "--checkpoint", run, "--output", tmp_path / "o")
     assert status == 2 and "but the model's vocab_size is 300" in text
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_counted_in_the_unit_of_the_system(platform, unit, monkeypatch):
+    monkeypatch.setattr(command.sys, "platform", platform)
+    usage = types.SimpleNamespace(ru_maxrss=5000)
+    monkeypatch.setattr(command.resource, "getrusage", lambda who: usage)
+    assert command._peak_memory() == 5000 * unit

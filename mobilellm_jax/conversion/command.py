@@ -225,7 +225,8 @@ def _clock(what: str) -> Iterator[None]:
 def _peak_memory() -> int:
     """Bytes, of this process or the largest that it started (LiteRT's converter runs in one)."""
     whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return 1024 * max(resource.getrusage(who).ru_maxrss for who in whose)
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB, macOS in bytes
+    return unit * max(resource.getrusage(who).ru_maxrss for who in whose)
 
 
 def _read_text(path: str | None) -> tuple[str, str]:
