@@ -7,7 +7,9 @@ import argparse
 import errno
 import importlib
 import logging
+import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -45,7 +47,12 @@ From text to a model, in this order (`mobilellm VERB --help` has an example for 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb. Returns the exit status: 0, or 2 for a mistake that the user can mend."""
+    """Runs one verb.
+
+    Returns:
+      The exit status: 0, 2 for a mistake that the user can mend, 130 after Ctrl-C, 141 where nobody
+      reads what is printed any more, as after `| head` (128 and the signal, as shells count).
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments[0] if arguments and arguments[0] in VERBS else None
     args, rest = _parser(verb).parse_known_args(arguments)
@@ -58,6 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides = rest
     try:
         module.main(args)
+        print(end="", flush=True)  # or the interpreter would notice at its end that nobody reads
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 128 + signal.SIGPIPE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -70,6 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether it was stdout's pipe that broke. What is left to print then goes nowhere."""
+    try:
+        print(flush=True)  # nothing but another try tells; a traceback may follow an empty line
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _parser(verb: str | None) -> argparse.ArgumentParser:

@@ -1,5 +1,6 @@
 """The command line: help that teaches, errors that name the mend, the verbs one after another."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -70,6 +71,27 @@ def test_python_m_is_the_same_command():
         [sys.executable, "-m", "mobilellm_jax", "--version"], capture_output=True, text=True
     )
     assert out.returncode == 0 and re.fullmatch(r"\d+\.\d+\.\d+\n", out.stdout)
+
+
+def test_a_reader_that_has_enough_ends_the_program_quietly():
+    """As in `mobilellm ... | head`, where head is already gone."""
+    read, write = os.pipe()
+    os.close(read)
+    arguments = ["-m", "mobilellm_jax", "convert", "--estimate"]
+    done = subprocess.run([sys.executable, *arguments], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_another_pipe_that_breaks_is_not_hidden(monkeypatch):
+    from mobilellm_jax.conversion import command
+
+    def broken(args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(command, "main", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["convert", "--estimate"])
 
 
 CONFIG = """
