@@ -109,6 +109,12 @@ def test_bad_prompts_are_refused(prompts, message):
         tokens_of(prompts)
 
 
+@pytest.mark.parametrize("count", [0, -1])
+def test_fewer_than_one_token_is_refused(count):
+    with pytest.raises(UserError, match=f"max_tokens = {count}: use 1 or more"):
+        tokens_of(PROMPTS, max_tokens=count)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -47,9 +47,11 @@ def generate_tokens(
       int32 `[B]`; -1 for rows that have stopped.
 
     Raises:
-      UserError: an empty prompt, ids outside the vocabulary, or a prompt that leaves no room in
-        the context.
+      UserError: an empty prompt, ids outside the vocabulary, a prompt that leaves no room in the
+        context, or `max_tokens` below 1.
     """
+    if max_tokens < 1:
+        raise UserError(f"max_tokens = {max_tokens}: use 1 or more")
     lengths = _check_prompts(config, prompts)
     room = config.max_seq_len - max(lengths)
     if room < max_tokens:
