@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--protocol",
         choices=["official"],
-        help="of --text: chunks of 2048 tokens as in the official MobileLLM eval.py",
+        help="of --text: chunks of 2048 tokens as in the official MobileLLM eval.py (default: "
+        "official, the only one)",
     )
     add("--batch_size", type=int, metavar="N", help="of --data, in sequences (default: 8)")
     add("--max_records", type=int, metavar="N", help="of --data: only the first N records")
