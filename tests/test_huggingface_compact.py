@@ -1,6 +1,7 @@
 """The compact folder: shared blocks once, run by transformers with the code in the folder."""
 
 import dataclasses
+import json
 import logging
 import shutil
 import warnings
@@ -247,6 +248,30 @@ def test_the_runtime_does_not_run_code_of_others(folders, tmp_path):
     code.write_text(code.read_text() + f"\nopen({str(tmp_path / 'ran')!r}, 'w')\n")
     with pytest.raises(UserError, match="not the code of this version"):
         TransformersRuntime(tmp_path / "model")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("where", ["auto_map", "one more", "another file", "tokenizer"])
+def test_the_runtime_does_not_run_code_that_was_added(where, tmp_path, tokenizer_model):
+    config, folder = tiny("immediate", 2, vocab_size=600), tmp_path / "model"
+    options = {"form": "compact", "tokenizer_model": tokenizer_model}
+    save_hf(folder, config, random_params(config), **options)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    file = folder / "config.json"
+    values = json.loads(file.read_text())
+    evil_config, evil_tokenizer = {"AutoConfig": "evil.X"}, {"AutoTokenizer": [None, "evil.X"]}
+    if where == "auto_map":
+        edit_config(folder, auto_map=values["auto_map"] | evil_config)
+    elif where == "one more":
+        edit_config(folder, auto_map=values["auto_map"] | evil_tokenizer)
+    elif where == "another file":
+        (folder / "config.4.0.0.json").write_text(json.dumps(values | {"auto_map": evil_config}))
+        edit_config(folder, configuration_files=["config.4.0.0.json"])
+    else:
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": evil_tokenizer}))
+    with pytest.raises(UserError, match=rf"{file.name}: .*names other code"):
+        TransformersRuntime(folder).encode("x")
     assert not (tmp_path / "ran").exists()
 
 

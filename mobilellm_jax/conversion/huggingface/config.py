@@ -17,6 +17,10 @@ from mobilellm_jax.model.config import ModelConfig
 FORMS = ("expanded", "compact")
 COMPACT_TYPE = "mobilellm_jax"  # of `MobileLLMConfig`, in the code of compact folders
 _CODE = "modeling_mobilellm"
+AUTO_MAP = {  # what of that code transformers runs
+    "AutoConfig": f"{_CODE}.MobileLLMConfig",
+    "AutoModelForCausalLM": f"{_CODE}.MobileLLMForCausalLM",
+}
 _MODEL_TYPES = ("llama", "mobilellm", COMPACT_TYPE)
 _ARCHITECTURES = ("LlamaForCausalLM", "MobileLLMForCausalLM")
 _NO = (None, False)
@@ -119,10 +123,7 @@ def _compact(config: ModelConfig) -> dict[str, Any]:
     """Makes it a model of the code that goes along; `num_hidden_layers` counts cache slots."""
     return {
         "architectures": ["MobileLLMForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{_CODE}.MobileLLMConfig",
-            "AutoModelForCausalLM": f"{_CODE}.MobileLLMForCausalLM",
-        },
+        "auto_map": AUTO_MAP,
         "model_type": COMPACT_TYPE,
         "num_hidden_layers": config.num_layers * config.num_cached_visits,
         OWN_KEY: {"config": config.to_dict(), "visit_order": list(config.visit_order)},

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mobilellm_jax.conversion.folders import inside, read_json
-from mobilellm_jax.conversion.huggingface.config import COMPACT_TYPE
+from mobilellm_jax.conversion.huggingface.config import AUTO_MAP, COMPACT_TYPE
 from mobilellm_jax.conversion.huggingface.folder import remote_code
 from mobilellm_jax.conversion.runtime import import_extra
 from mobilellm_jax.errors import UserError
@@ -93,14 +93,25 @@ def _quiet(logging) -> Iterator[None]:
 
 
 def _has_our_code(folder: Path) -> bool:
-    """Whether it is a compact folder; UserError if its code is not that of this version."""
-    if read_json(inside(folder, "config.json")).get("model_type") != COMPACT_TYPE:
+    """Whether it is a compact folder; UserError if it runs other code than that of this version."""
+    values = read_json(path := inside(folder, "config.json"))
+    if values.get("model_type") != COMPACT_TYPE:
         return False
+    # transformers runs what auto_map names, and reads other files than config.json if that says so.
+    if values.get("auto_map") != AUTO_MAP or "configuration_files" in values:
+        raise _not_ours(path)
+    tokenizer = inside(folder, "tokenizer_config.json")
+    if tokenizer.exists() and "auto_map" in read_json(tokenizer):
+        raise _not_ours(tokenizer)
     for name, content in remote_code().items():
         path = inside(folder, name)
         if not path.is_file() or path.read_bytes() != content:
-            raise UserError(
-                f"{path}: is not the code of this version of mobilellm_jax and is not run; import "
-                "the folder (mobilellm convert --from hf) and convert it again"
-            )
+            raise _not_ours(path)
     return True
+
+
+def _not_ours(path: Path) -> UserError:
+    return UserError(
+        f"{path}: is not the code of this version of mobilellm_jax, or names other code, and is "
+        "not run; import the folder (mobilellm convert --from hf) and convert it again"
+    )
