@@ -1,6 +1,7 @@
 """The comparison of a converted model with the JAX model finds what is wrong, and nothing else."""
 
 import dataclasses
+import tracemalloc
 
 import jax
 import numpy as np
@@ -114,6 +115,24 @@ def test_kl_is_that_of_the_two_distributions():
     expected = 0.5 * np.log(2) + 0.25 * np.log(0.5)
     shifted = compare_logits(np.log(p) + 3.0, np.log(q) - 1.0)
     np.testing.assert_allclose(shifted.mean_kl, expected, rtol=1e-12)
+
+
+def test_many_rows_are_compared_like_single_ones_in_little_memory():
+    rng = np.random.default_rng(0)
+    expected = rng.normal(size=(500, 2000)).astype(np.float32)
+    got = expected + rng.normal(size=expected.shape).astype(np.float32)
+    tracemalloc.start()
+    whole = compare_logits(expected, got, 0.1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * expected.nbytes  # at once, in float64, it takes 12 times as much and more
+    pairs = zip(expected[:, None], got[:, None], strict=True)
+    rows = [compare_logits(*pair, 0.1) for pair in pairs]
+    assert whole.positions == 500 and 0 < whole.argmax < 1
+    assert whole.logits == max(row.logits for row in rows)
+    assert whole.wrong == sum(row.wrong for row in rows)
+    np.testing.assert_allclose(whole.mean_kl, np.mean([row.mean_kl for row in rows]), rtol=1e-12)
+    np.testing.assert_allclose(whole.argmax, np.mean([row.argmax for row in rows]), rtol=1e-12)
 
 
 def test_a_format_that_rounds_is_held_to_kl_only(tokenizer):

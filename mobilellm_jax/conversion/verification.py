@@ -20,6 +20,7 @@ _DECODED = 256  # tokens that are read one at a time
 _CONTINUED = 128  # tokens of greedy continuation
 _GREEDY_PROMPT = 16
 _LINES = 200  # lines of text whose ids are compared
+_ROWS = 64  # of logits that are compared at once; in float64 the whole takes gigabytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,20 +159,33 @@ def compare_logits(
 ) -> Comparison:
     """Compares logits row by row; `tie` is how near to the largest a logit ties with it."""
     assert expected_TV.shape == got_TV.shape, (expected_TV.shape, got_TV.shape)
-    expected_TV, got_TV = expected_TV.astype(np.float64), got_TV.astype(np.float64)
-    difference = float(np.abs(expected_TV - got_TV).max())
-    log_p, log_q = _log_softmax(expected_TV), _log_softmax(got_TV)
-    chosen = got_TV.argmax(-1)
-    same = chosen == expected_TV.argmax(-1)
-    behind = expected_TV.max(-1) - np.take_along_axis(expected_TV, chosen[:, None], 1)[:, 0]
+    starts = range(0, len(expected_TV), _ROWS)
+    parts = [_compare_rows(expected_TV[i : i + _ROWS], got_TV[i : i + _ROWS]) for i in starts]
+    difference_T, kl_T, same_T, behind_T = map(np.concatenate, zip(*parts, strict=True))
+    difference = float(difference_T.max())
     # Two logits may each be off by as much.
     near = 2 * (difference if tie is None else tie)
     return Comparison(
         positions=len(expected_TV),
         logits=difference,
-        mean_kl=float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
-        argmax=float(same.mean()),
-        wrong=int((~same & ~(behind <= near)).sum()),
+        mean_kl=float(kl_T.mean()),
+        argmax=float(same_T.mean()),
+        wrong=int((~same_T & ~(behind_T <= near)).sum()),
+    )
+
+
+def _compare_rows(expected_TV: np.ndarray, got_TV: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Figures of each row, all `[T]`: the largest difference of a logit, the KL divergence, whether
+    the argmax is the same, how far the expected logit of the chosen token is behind the largest.
+    """
+    expected_TV, got_TV = expected_TV.astype(np.float64), got_TV.astype(np.float64)
+    log_p, log_q = _log_softmax(expected_TV), _log_softmax(got_TV)
+    chosen_T = got_TV.argmax(-1)
+    return (
+        np.abs(expected_TV - got_TV).max(-1),
+        (np.exp(log_p) * (log_p - log_q)).sum(-1),
+        chosen_T == expected_TV.argmax(-1),
+        expected_TV.max(-1) - np.take_along_axis(expected_TV, chosen_T[:, None], 1)[:, 0],
     )
 
 
