@@ -75,7 +75,7 @@ def load_text_model(path: str | Path, tokenizer: str | Path | None = None) -> Te
         saved.config,
         saved.params,
         read,
-        bos=bool(saved.metadata.get("bos", True)),
+        bos=saved.bos,
         mask_documents=bool(saved.metadata.get("mask_documents", False)),
     )
 

@@ -31,13 +31,13 @@ CONFIG = ModelConfig(
 SLOW = {"pte", "litertlm"}
 
 
-def save(workdir, tokenizer_model=None, **changes):
+def save(workdir, tokenizer_model=None, bos=True, **changes):
     config = dataclasses.replace(CONFIG, **changes)
     # Weights as small as trained ones: runtimes round activations too.
     params = jax.tree.map(lambda x: x * np.float32(0.5), make_params(config))
     if config.ffn == "relu":
         del params["blocks"]["ffn"]["gate"]
-    save_params(workdir, config, params, tokenizer_model, {"bos": True})
+    save_params(workdir, config, params, tokenizer_model, {"bos": bos})
     return workdir
 
 
@@ -92,6 +92,41 @@ def test_every_format_is_written_and_agrees_with_jax(name, dtype, workdir, tmp_p
     sums = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=output, capture_output=True)
     assert sums.returncode == 0
     assert list(tmp_path.iterdir()) == [output]
+
+
+def puts_bos_in_front(name, folder):
+    """What the written file has an app do with a prompt."""
+    if name.startswith("hf"):
+        import transformers
+
+        options = {"trust_remote_code": True} if name == "hf_compact" else {}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        return tokenizer("def main():")["input_ids"][0] == 1
+    runtime = FORMATS[name].open(folder, CONFIG.max_seq_len)
+    if name == "pte":
+        described = json.loads((folder / "tokenizer.json").read_text())["post_processor"]
+        assert (described is not None) == ("get_bos_id" in runtime.metadata)
+        return "get_bos_id" in runtime.metadata
+    if name == "gguf":
+        import llama_cpp
+
+        return bool(llama_cpp.llama_vocab_get_add_bos(runtime._vocab))
+    return runtime._engine.bos_token_id == 1
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FORMATS],
+)
+def test_bos_stands_in_front_of_prompts_as_it_did_in_training(
+    name, bos, tokenizer_model, tmp_path, capsys
+):
+    needs_runtime(name)
+    run, output = save(tmp_path / "run", tokenizer_model, bos), tmp_path / "out"
+    arguments = ("--to", name, "--checkpoint", run, "--output", output, "--no-verify")
+    assert convert(capsys, *arguments)[0] == 0
+    assert puts_bos_in_front(name, output) == bos
 
 
 class Wrong:

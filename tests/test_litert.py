@@ -272,11 +272,11 @@ def open_tokenizer(folder, tmp_path_factory):
     @functools.cache
     def make(name):
         parts = tmp_path_factory.mktemp("parts")
-        tokenizer = Tokenizer(load_model(name))
+        ours = Tokenizer(load_model(name))
         model = litert_runtime._model_section(path_of(folder, "reverse-mha"))
         (parts / "tflite").write_bytes(model)
-        (parts / "spiece").write_bytes(tokenizer.model_bytes)
-        (parts / "metadata").write_bytes(export._llm_metadata(PLAIN, tokenizer, CONTEXT, None))
+        (parts / "spiece").write_bytes(ours.model_bytes)
+        (parts / "metadata").write_bytes(export._llm_metadata(PLAIN, ours, CONTEXT, True, None))
         made = builder.LitertLmFileBuilder()
         made.add_system_metadata(builder.Metadata("Authors", "test", builder.DType.STRING))
         made.add_llm_metadata(str(parts / "metadata"))
@@ -284,7 +284,7 @@ def open_tokenizer(folder, tmp_path_factory):
         made.add_tflite_model(str(parts / "tflite"), builder.TfLiteModelType.PREFILL_DECODE)
         with open(path_of(parts, name), "wb") as file:
             made.build(file)
-        return LiteRtLmRuntime(path_of(parts, name)), tokenizer
+        return LiteRtLmRuntime(path_of(parts, name)), ours
 
     return make
 

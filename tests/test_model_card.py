@@ -76,7 +76,7 @@ def test_the_card_says_what_is_special_about_the_model(tmp_path, tokenizer_model
         assert expected in card
     save_hf(tmp_path / "n", config, random_params(config), provenance={"bos": False}, **options)
     assert "num_bos" not in card_of(tmp_path / "n")
-    assert "add_special_tokens=False" in card_of(tmp_path / "n")
+    assert "the tokenizer of this folder adds none" in card_of(tmp_path / "n")
     save_hf(tmp_path / "plain", tiny(), random_params(tiny()))
     card = card_of(tmp_path / "plain")
     assert "BOS" not in card and "trust_remote_code" not in card and "AutoTokenizer" not in card

@@ -185,7 +185,7 @@ def _verify(name: str, folder: Path, model, dtype: str, context_length: int, tex
             FORMATS[name].open(folder, context_length),
             FORMATS[name].tolerances[dtype],
             tokenizer=model.tokenizer_model and Tokenizer(model.tokenizer_model),
-            bos=bool(model.metadata.get("bos", True)),
+            bos=model.bos,
             text=text,
             text_name=text_name,
             unrounded_params=None if rounded is None else model.params,

@@ -94,7 +94,7 @@ def _write_pte(folder: Path, model: "SavedModel", dtype: str, context_length: in
         model.config,
         model.params,
         context_length=context_length,
-        bos_id=tokenizer.bos_id if tokenizer else None,
+        bos_id=tokenizer.bos_id if tokenizer and model.bos else None,
         eos_ids=[tokenizer.eos_id] if tokenizer and tokenizer.eos_id is not None else [],
     )
     _write_tokenizer(folder, model, context_length)
@@ -117,6 +117,7 @@ def _write_gguf(folder: Path, model: "SavedModel", dtype: str, context_length: i
         tokenizer_model=model.tokenizer_model,
         weight_type=_GGUF_TYPES[dtype],
         name="MobileLLM",
+        bos=model.bos,
         chat_template=model.metadata.get("chat_template"),
     )
 
@@ -137,6 +138,7 @@ def _write_litertlm(folder: Path, model: "SavedModel", dtype: str, context_lengt
         tokenizer_model=model.tokenizer_model,
         weight_type={"float32": "fp32", "int8": "int8"}[dtype],
         context_length=context_length,
+        bos=model.bos,
         chat_template=model.metadata.get("chat_template"),
     )
 
@@ -151,7 +153,8 @@ def _write_tokenizer(folder: Path, model: "SavedModel", context_length: int) -> 
     if model.tokenizer_model is None:
         return
     (folder / "tokenizer.model").write_bytes(model.tokenizer_model)
-    for name, content in tokenizer_files(model.tokenizer_model, context_length).items():
+    files = tokenizer_files(model.tokenizer_model, context_length, model.bos)
+    for name, content in files.items():
         (folder / name).write_bytes(content)
 
 

@@ -22,14 +22,15 @@ _Piece = sentencepiece_proto.ModelProto.SentencePiece
 _UNCHANGED = "; encode with sentencepiece and tokenizer.model instead"
 
 
-def build_tokenizer_json(model_bytes: bytes, name: str = "tokenizer.model") -> dict[str, Any]:
+def build_tokenizer_json(
+    model_bytes: bytes, name: str = "tokenizer.model", bos: bool = True
+) -> dict[str, Any]:
     """The content of `tokenizer.json` for a SentencePiece BPE model.
-
-    Encoding puts BOS in front (when the model has one), as a LLaMA tokenizer does.
 
     Args:
       model_bytes: a `tokenizer.model` file.
       name: the file that error messages mention.
+      bos: whether encoding puts BOS in front (when the model has one), as a LLaMA tokenizer does.
 
     Raises:
       UserError: no SentencePiece model, or one with a feature whose ids Hugging Face's BPE cannot
@@ -57,7 +58,9 @@ def build_tokenizer_json(model_bytes: bytes, name: str = "tokenizer.model") -> d
             ],
         },
         "pre_tokenizer": None,
-        "post_processor": _post_processor(tokens.get("bos_token"), tokenizer.bos_id),
+        "post_processor": _post_processor(
+            tokens.get("bos_token") if bos else None, tokenizer.bos_id
+        ),
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -82,11 +85,17 @@ def build_tokenizer_json(model_bytes: bytes, name: str = "tokenizer.model") -> d
     }
 
 
-def tokenizer_files(model_bytes: bytes, max_seq_len: int) -> dict[str, bytes]:
-    """`tokenizer.json` and `tokenizer_config.json` by name; UserError as `build_tokenizer_json`."""
+def tokenizer_files(model_bytes: bytes, max_seq_len: int, bos: bool = True) -> dict[str, bytes]:
+    """`tokenizer.json` and `tokenizer_config.json` by name.
+
+    Args:
+      model_bytes: a `tokenizer.model` file.
+      max_seq_len: most tokens that the model reads.
+      bos: as for `build_tokenizer_json`, whose UserError it raises.
+    """
     tokens = special_tokens(*_parse(model_bytes, "tokenizer.model"))
     config = {
-        "add_bos_token": "bos_token" in tokens,
+        "add_bos_token": bos and "bos_token" in tokens,
         "add_eos_token": False,
         **tokens,
         "clean_up_tokenization_spaces": False,
@@ -95,7 +104,7 @@ def tokenizer_files(model_bytes: bytes, max_seq_len: int) -> dict[str, bytes]:
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     return {
-        "tokenizer.json": _encode(build_tokenizer_json(model_bytes)),
+        "tokenizer.json": _encode(build_tokenizer_json(model_bytes, bos=bos)),
         "tokenizer_config.json": _encode(config),
     }
 

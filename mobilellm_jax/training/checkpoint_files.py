@@ -178,6 +178,11 @@ class SavedModel:
     metadata: dict[str, Any]
     tokenizer_model: bytes | None
 
+    @property
+    def bos(self) -> bool:
+        """Whether documents began with BOS in training; true where that is not known."""
+        return bool(self.metadata.get("bos", True))
+
 
 def load_checkpoint(path: str | Path) -> SavedModel:
     """Reads the newest valid checkpoint for use without training.

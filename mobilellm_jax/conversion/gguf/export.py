@@ -43,6 +43,7 @@ def write_gguf(
     tokenizer_model: bytes | None,
     weight_type: str,
     name: str,
+    bos: bool = True,
     chat_template: str | None = None,
 ) -> None:
     """Writes one file that llama.cpp loads, with its tokenizer inside.
@@ -57,6 +58,7 @@ def write_gguf(
       tokenizer_model: the SentencePiece model.
       weight_type: of the matrices, one of WEIGHT_TYPES.
       name: of the model, for people; where it comes from.
+      bos: whether documents began with BOS in training; apps put it in front of texts then.
       chat_template: Jinja text that apps make a prompt of a conversation with.
 
     Memory: three tensors more than `params`, the largest being the embedding.
@@ -72,7 +74,7 @@ def write_gguf(
     _check_name(name)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
     _add_model(writer, gguf, config, weight_type, name)
-    _add_vocabulary(writer, gguf, config, tokenizer_model)
+    _add_vocabulary(writer, gguf, config, tokenizer_model, bos)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     tensors = [
@@ -197,7 +199,7 @@ def _add_model(writer, gguf: ModuleType, config: ModelConfig, weight_type: str, 
 
 
 def _add_vocabulary(
-    writer, gguf: ModuleType, config: ModelConfig, tokenizer_model: bytes | None
+    writer, gguf: ModuleType, config: ModelConfig, tokenizer_model: bytes | None, bos: bool
 ) -> None:
     """The SentencePiece model, filled up to the vocabulary of the model with unused tokens."""
     if tokenizer_model is None:
@@ -230,7 +232,7 @@ def _add_vocabulary(
     writer.add_eos_token_id(unk_id if tokenizer.eos_id is None else tokenizer.eos_id)
     if tokenizer.pad_id is not None:
         writer.add_pad_token_id(tokenizer.pad_id)
-    writer.add_add_bos_token(tokenizer.bos_id is not None)
+    writer.add_add_bos_token(bos and tokenizer.bos_id is not None)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(proto.normalizer_spec.add_dummy_prefix)
 

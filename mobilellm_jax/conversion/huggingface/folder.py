@@ -85,7 +85,8 @@ def write_hf(
       form: "expanded" or "compact", see the module's description.
       tokenizer_model: the SentencePiece model to put with it.
       dtype: of the weights in the file, "float32", "bfloat16" or "float16".
-      provenance: JSON values to keep in config.json, such as "step" and "bos".
+      provenance: JSON values to keep in config.json, such as "step" and "bos": whether documents
+        began with BOS in training. If not, the tokenizer puts none in front of a text.
       chat_template: Jinja text that makes a prompt of a dialogue.
     """
     for name, value, choices in (
@@ -95,6 +96,7 @@ def write_hf(
         if value not in choices:
             raise UserError(f"{name} = {value!r}: use one of {', '.join(choices)}")
     provenance = dict(provenance or {})
+    bos = bool(provenance.get("bos", True))
     tokenizer = None
     if tokenizer_model is not None:
         tokenizer = checked_tokenizer(tokenizer_model, _TOKENIZER, config.vocab_size)
@@ -105,7 +107,7 @@ def write_hf(
     files = {
         _CONFIG: encode_json(description),
         "generation_config.json": encode_json({"bos_token_id": ids[0], "eos_token_id": ids[1]}),
-        **_tokenizer_files(tokenizer, config.max_seq_len, chat_template),
+        **_tokenizer_files(tokenizer, config.max_seq_len, bos, chat_template),
     }
     files["README.md"] = model_card(
         config,
@@ -131,7 +133,7 @@ def remote_code() -> dict[str, bytes]:
 
 
 def _tokenizer_files(
-    tokenizer: Tokenizer | None, max_seq_len: int, chat_template: str | None
+    tokenizer: Tokenizer | None, max_seq_len: int, bos: bool, chat_template: str | None
 ) -> dict[str, bytes]:
     if tokenizer is None:
         if chat_template is not None:
@@ -139,7 +141,7 @@ def _tokenizer_files(
         return {}
     files = {_TOKENIZER: tokenizer.model_bytes}
     try:
-        files |= tokenizer_json.tokenizer_files(tokenizer.model_bytes, max_seq_len)
+        files |= tokenizer_json.tokenizer_files(tokenizer.model_bytes, max_seq_len, bos)
     except UserError as error:
         logging.warning("%s; the folder holds tokenizer.model only", error)
     if chat_template is not None:

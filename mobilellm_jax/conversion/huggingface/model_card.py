@@ -36,7 +36,7 @@ def model_card(
     Args:
       form: "expanded" or "compact".
       has_tokenizer: whether the folder has a tokenizer that transformers loads.
-      has_bos: whether the tokenizer puts BOS in front of a text.
+      has_bos: whether the tokenizer has a BOS.
       provenance: what is known of the training: "step", "bos".
     """
     parts = [
@@ -87,14 +87,12 @@ def _sharing(config: ModelConfig, form: str) -> str:
 def _beginning(trained_with_bos: bool | None, has_bos: bool) -> str:
     if not has_bos:
         return ""
-    trained = {
-        True: "In training, documents began with BOS. ",
-        False: "In training, documents did not begin with BOS; encode with "
-        "`add_special_tokens=False`. ",
-        None: "",
-    }[trained_with_bos]
     if trained_with_bos is False:
-        return f"**BOS.** {trained}\n"
+        return (
+            "**BOS.** In training, documents did not begin with BOS; the tokenizer of this folder "
+            "adds none.\n"
+        )
+    trained = "In training, documents began with BOS. " if trained_with_bos else ""
     return (
         f"**BOS.** {trained}The tokenizer of this folder adds it; apps that tokenize by themselves "
         "must do so too (in ExecuTorch's runner: `num_bos=1`).\n"

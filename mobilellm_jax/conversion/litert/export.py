@@ -62,12 +62,13 @@ def write_litertlm(
     tokenizer_model: bytes | None,
     weight_type: str,
     context_length: int,
+    bos: bool = True,
     chat_template: str | None = None,
 ) -> None:
     """Writes a file that LiteRT-LM runs. Shared blocks and a tied head are stored once.
 
-    The runtime puts BOS in front of a prompt and stops at EOS. Two files of the same model differ:
-    litert-torch puts the date and a random number into them.
+    The runtime stops at EOS. Two files of the same model differ: litert-torch puts the date and a
+    random number into them.
 
     Args:
       path: the file, in a folder that is there; temporary files are put next to it.
@@ -75,8 +76,10 @@ def write_litertlm(
       tokenizer_model: the SentencePiece model, which goes into the file as it is.
       weight_type: "fp32", or "int8" for litert-torch's default (`dynamic_wi8_afp32`).
       context_length: most tokens of prompt and answer together.
+      bos: whether documents began with BOS in training; the runtime puts it in front of a prompt
+        then.
       chat_template: Jinja text that makes a prompt of a dialogue from `role` and `content` of its
-        messages. LiteRT-LM puts BOS in front of that, and gives "" for `bos_token`.
+        messages. LiteRT-LM puts BOS in front of that, too, and gives "" for `bos_token`.
 
     Memory: up to 8 times the fp32 weights, in the process that converts.
 
@@ -102,7 +105,7 @@ def write_litertlm(
         source.mkdir()
         write_hf(source, config, params)
         settings = _write_tokenizer(
-            path, source, config, tokenizer_model, context_length, chat_template
+            path, source, config, tokenizer_model, context_length, bos, chat_template
         )
         _run_converter(
             path,
@@ -122,6 +125,7 @@ def _write_tokenizer(
     config: ModelConfig,
     tokenizer_model: bytes | None,
     context_length: int,
+    bos: bool,
     chat_template: str | None,
 ) -> dict[str, str]:
     """Tokenizer and metadata into the folder `source`; the settings with their paths."""
@@ -140,7 +144,7 @@ def _write_tokenizer(
         (source / name).write_text(json.dumps(content))
     model_file, metadata = source / "tokenizer.model", source / "llm_metadata.pb"
     model_file.write_bytes(tokenizer_model)
-    metadata.write_bytes(_llm_metadata(config, tokenizer, context_length, chat_template))
+    metadata.write_bytes(_llm_metadata(config, tokenizer, context_length, bos, chat_template))
     return {
         "tokenizer_path_override": str(model_file),
         "litert_lm_llm_metadata_override": str(metadata),
@@ -148,13 +152,17 @@ def _write_tokenizer(
 
 
 def _llm_metadata(
-    config: ModelConfig, tokenizer: Tokenizer, context_length: int, chat_template: str | None
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    context_length: int,
+    bos: bool,
+    chat_template: str | None,
 ) -> bytes:
     """The message `LlmMetadata`; litert-torch's own has the length of the cache as the context."""
     proto = import_extra("litert_lm_builder.runtime.proto.llm_metadata_pb2", "litert")
     metadata = proto.LlmMetadata(max_num_tokens=context_length)
     metadata.llm_model_type.generic_model.SetInParent()
-    if tokenizer.bos_id is not None:
+    if bos and tokenizer.bos_id is not None:
         metadata.start_token.token_ids.ids.append(tokenizer.bos_id)
     metadata.stop_tokens.add().token_ids.ids.append(tokenizer.eos_id)
     # An id without a piece, in a padded vocabulary, would end the answer with an error.
