@@ -13,6 +13,7 @@ from hf_folders import make_params, train_small_tokenizer
 from mobilellm_jax.cli import main
 from mobilellm_jax.conversion import command
 from mobilellm_jax.conversion.formats import FORMATS
+from mobilellm_jax.conversion.huggingface.folder import save_hf
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.training.checkpoints import save_params
 
@@ -127,6 +128,16 @@ def test_bos_stands_in_front_of_prompts_as_it_did_in_training(
     arguments = ("--to", name, "--checkpoint", run, "--output", output, "--no-verify")
     assert convert(capsys, *arguments)[0] == 0
     assert puts_bos_in_front(name, output) == bos
+
+
+def test_a_folder_with_a_chat_template_and_an_unknown_tokenizer_is_written_again(tmp_path, capsys):
+    needs_runtime("hf")
+    source, output = tmp_path / "source", tmp_path / "out"
+    save_hf(source, CONFIG, make_params(CONFIG))
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    status, text = convert(capsys, "--to", "hf", "--checkpoint", source, "--output", output)
+    assert status == 0, text
+    assert (output / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
 
 
 class Wrong:

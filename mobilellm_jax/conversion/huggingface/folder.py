@@ -135,20 +135,18 @@ def remote_code() -> dict[str, bytes]:
 def _tokenizer_files(
     tokenizer: Tokenizer | None, max_seq_len: int, bos: bool, chat_template: str | None
 ) -> dict[str, bytes]:
+    files = {} if chat_template is None else {_CHAT_TEMPLATE: chat_template.encode()}
     if tokenizer is None:
-        if chat_template is not None:
-            raise UserError("a chat template was given without a tokenizer; give both")
-        return {}
-    files = {_TOKENIZER: tokenizer.model_bytes}
+        return files
+    files[_TOKENIZER] = tokenizer.model_bytes
     try:
         files |= tokenizer_json.tokenizer_files(tokenizer.model_bytes, max_seq_len, bos)
     except UserError as error:
         logging.warning("%s; the folder holds tokenizer.model only", error)
-    if chat_template is not None:
-        files[_CHAT_TEMPLATE] = chat_template.encode()
-        if _TOKENIZER_CONFIG in files:  # where versions of transformers before 4.43 look
-            values = json.loads(files[_TOKENIZER_CONFIG])
-            files[_TOKENIZER_CONFIG] = encode_json(values | {"chat_template": chat_template})
+    if chat_template is not None and _TOKENIZER_CONFIG in files:
+        # Versions of transformers before 4.43 look there.
+        values = json.loads(files[_TOKENIZER_CONFIG])
+        files[_TOKENIZER_CONFIG] = encode_json(values | {"chat_template": chat_template})
     return files
 
 
