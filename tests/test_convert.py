@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from hf_folders import make_params, train_small_tokenizer
+from test_tokenizer_json import train
 
 from mobilellm_jax.cli import main
 from mobilellm_jax.conversion import command
@@ -128,6 +129,46 @@ def test_bos_stands_in_front_of_prompts_as_it_did_in_training(
     arguments = ("--to", name, "--checkpoint", run, "--output", output, "--no-verify")
     assert convert(capsys, *arguments)[0] == 0
     assert puts_bos_in_front(name, output) == bos
+
+
+UNIGRAM = {"model_type": "unigram", "vocab_size": 500}
+NORMALISING = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("hf", UNIGRAM),
+        ("hf", NORMALISING),
+        ("hf_compact", UNIGRAM),
+        pytest.param("pte", NORMALISING, marks=pytest.mark.slow),
+    ],
+)
+def test_a_tokenizer_that_has_no_form_as_json_goes_along_as_it_is(name, options, tmp_path, capsys):
+    needs_runtime(name)
+    tokenizer_model, output = train(**{"vocab_size": 600} | options), tmp_path / "out"
+    run = save(tmp_path / "run", tokenizer_model)
+    status, text = convert(capsys, "--to", name, "--checkpoint", run, "--output", output)
+    assert status == 0, text
+    assert (output / "tokenizer.model").read_bytes() == tokenizer_model
+    assert not (output / "tokenizer.json").exists()
+    verification = json.loads((output / "report.json").read_text())["verification"]
+    if name == "pte":  # ExecuTorch reads tokenizer.model as well
+        assert verification["lines_equal"] == verification["lines"] > 100
+    else:
+        assert verification["lines"] == 0 and "so no ids were compared" in text
+
+
+def test_a_tokenizer_that_executorch_reads_otherwise_is_refused_before_the_work(
+    tmp_path, capsys, monkeypatch
+):
+    needs_runtime("pte")
+    from mobilellm_jax.conversion.executorch import export
+
+    monkeypatch.setattr(export, "write_pte", None)
+    run = save(tmp_path / "run", train(**UNIGRAM))
+    status, text = convert(capsys, "--to", "pte", "--checkpoint", run, "--output", tmp_path / "o")
+    assert status == 2 and "its algorithm is unigram" in text
 
 
 def test_a_folder_with_a_chat_template_and_an_unknown_tokenizer_is_written_again(tmp_path, capsys):

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 from hf_folders import train_small_tokenizer
 from model_cases import random_params, tiny
-from test_tokenizer_json import ADVERSARIAL, CONTROL_LITERALS, SAMPLE, load_model, read_lines
+from test_tokenizer_json import ADVERSARIAL, CONTROL_LITERALS, SAMPLE, load_model, read_lines, train
 
 from mobilellm_jax.conversion.executorch import export
 from mobilellm_jax.conversion.executorch.export import write_pte
@@ -239,7 +239,7 @@ def cpp_tokenizers(name: str):
     """(of tokenizer.json, of tokenizer.model, sentencepiece itself)"""
     model_bytes = load_model(name)
     with tempfile.TemporaryDirectory() as folder:
-        files = tokenizer_files(model_bytes, CONTEXT) | {"tokenizer.model": model_bytes}
+        files = tokenizer_files(model_bytes, CONTEXT)
         for file, content in files.items():
             (Path(folder) / file).write_bytes(content)
         loaded = [load_tokenizer(f"{folder}/tokenizer.{kind}") for kind in ("json", "model")]
@@ -303,6 +303,17 @@ def test_known_exceptions_to_equal_ids(name):
     # tokenizer.model: the text ends at NUL, and bytes are decoded as their names.
     assert of_model.encode("a\0b", 0, 0) == processor.encode("a")
     assert of_model.decode(3 + 0xF0) == "<0xF0>"
+
+
+def test_tokenizer_model_gives_other_ids_for_unigram_models_alone(tmp_path):
+    file = tmp_path / "tokenizer.model"
+    for options in ({"normalization_rule_name": "nmt_nfkc"}, {"model_type": "unigram"}):
+        file.write_bytes(train(**options))
+        theirs = load_tokenizer(str(file))
+        expected = sentencepiece.SentencePieceProcessor(str(file))
+        lines = SAMPLE.splitlines()
+        same = all(theirs.encode(line, 0, 0) == expected.encode(line) for line in lines)
+        assert same == ("model_type" not in options)
 
 
 # ---------------------------------------------------------------- size, and what is refused

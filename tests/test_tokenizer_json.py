@@ -161,7 +161,6 @@ def test_transformers_loads_the_files_with_bos_and_special_tokens(name, tmp_path
     transformers = pytest.importorskip("transformers")
     for file, content in tokenizer_files(load_model(name), max_seq_len=2048).items():
         (tmp_path / file).write_bytes(content)
-    (tmp_path / "tokenizer.model").write_bytes(load_model(name))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ours = load_pair(name)[1]

@@ -10,6 +10,7 @@ from hf_folders import train_small_tokenizer
 from model_cases import random_params, tiny
 
 from mobilellm_jax.conversion.formats import Tolerance
+from mobilellm_jax.conversion.report import verification_table
 from mobilellm_jax.conversion.verification import compare_logits, verify
 from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
@@ -31,7 +32,7 @@ def tokenizer(tmp_path_factory):
 class RuntimeInJax:
     """Stands for a runtime: the model itself, with a mistake if one is asked for."""
 
-    name, context_length = "the JAX model", CONFIG.max_seq_len
+    name, context_length, has_tokenizer = "the JAX model", CONFIG.max_seq_len, True
 
     def __init__(self, tokenizer, params=None, last=lambda logits: logits, pieces=None):
         self._params = params or random_params(CONFIG)
@@ -99,6 +100,16 @@ def test_logits_that_are_not_numbers_are_found(tokenizer):
 def test_other_ids_are_found(tokenizer):
     lower = RuntimeInJax(tokenizer, pieces=str.lower)
     assert run(lower, tokenizer).problems == ["ids differ in 8 of 8 lines"]
+
+
+def test_without_a_tokenizer_in_the_runtime_no_ids_are_compared(tokenizer):
+    runtime = RuntimeInJax(tokenizer, pieces=str.lower)
+    runtime.has_tokenizer = False
+    result = run(runtime, tokenizer)
+    assert result.problems == [] and (result.has_tokenizer, result.lines) == (False, 0)
+    assert "Tokenizer: none that the runtime reads, so no ids were compared." in (
+        verification_table(result)
+    )
 
 
 def test_a_tie_is_no_mistake_and_a_wrong_choice_is_one():

@@ -86,8 +86,10 @@ def _open_hf(folder: Path, context_length: int) -> Runtime:
 
 
 def _write_pte(folder: Path, model: "SavedModel", dtype: str, context_length: int) -> None:
-    from mobilellm_jax.conversion.executorch.export import write_pte
+    from mobilellm_jax.conversion.executorch.export import check_tokenizer, write_pte
 
+    if model.tokenizer_model is not None:
+        check_tokenizer(model.tokenizer_model)
     tokenizer = model.tokenizer_model and Tokenizer(model.tokenizer_model)
     write_pte(
         folder / "model.pte",
@@ -103,8 +105,9 @@ def _write_pte(folder: Path, model: "SavedModel", dtype: str, context_length: in
 def _open_pte(folder: Path, context_length: int) -> Runtime:
     from mobilellm_jax.conversion.executorch.runtime import ExecuTorchRuntime
 
-    tokenizer = folder / "tokenizer.json"
-    return ExecuTorchRuntime(folder / "model.pte", tokenizer if tokenizer.exists() else None)
+    tokenizers = (folder / name for name in ("tokenizer.json", "tokenizer.model"))
+    tokenizer = next((file for file in tokenizers if file.exists()), None)
+    return ExecuTorchRuntime(folder / "model.pte", tokenizer)
 
 
 def _write_gguf(folder: Path, model: "SavedModel", dtype: str, context_length: int) -> None:
@@ -152,7 +155,6 @@ def _open_litertlm(folder: Path, context_length: int) -> Runtime:
 def _write_tokenizer(folder: Path, model: "SavedModel", context_length: int) -> None:
     if model.tokenizer_model is None:
         return
-    (folder / "tokenizer.model").write_bytes(model.tokenizer_model)
     files = tokenizer_files(model.tokenizer_model, context_length, model.bos)
     for name, content in files.items():
         (folder / name).write_bytes(content)

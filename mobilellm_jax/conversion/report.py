@@ -118,10 +118,13 @@ def verification_table(v: Verification) -> str:
     bounds = [f"mean KL {t.mean_kl:.0e}"]
     bounds += [f"logits {t.logits:.0e}"] if t.logits is not None else []
     bounds += ["the same argmax and greedy tokens, but for ties"] if t.exact else []
+    ids = f"the ids of SentencePiece in {v.lines_equal} of {v.lines} lines"
+    if not v.has_tokenizer:
+        ids = "none that the runtime reads, so no ids were compared"
     lines = [
         f"- Runtime: {v.runtime}. Text: {v.text}.",
         f"- Greedy: {v.greedy_equal} of {v.greedy_tokens} tokens the same{tie}.",
-        f"- Tokenizer: the ids of SentencePiece in {v.lines_equal} of {v.lines} lines.",
+        f"- Tokenizer: {ids}.",
         f"- Asked for: {', '.join(bounds)}.",
     ]
     return table(header, rows) + "\n\n" + "\n".join(lines)

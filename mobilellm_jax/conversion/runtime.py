@@ -21,10 +21,12 @@ class Runtime(Protocol):
     Attributes:
       name: of the software, with its version.
       context_length: most tokens that prompt and continuation may have together.
+      has_tokenizer: whether there is a tokenizer that `encode` can use.
     """
 
     name: str
     context_length: int
+    has_tokenizer: bool
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """fp32 `[T, V]`, the logits after each of the T tokens, read one at a time by the cache."""

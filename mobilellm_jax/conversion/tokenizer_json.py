@@ -8,6 +8,7 @@ Hugging Face makes it the token, SentencePiece reads the characters.
 import json
 from typing import Any
 
+from absl import logging
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
 
@@ -86,14 +87,24 @@ def build_tokenizer_json(
 
 
 def tokenizer_files(model_bytes: bytes, max_seq_len: int, bos: bool = True) -> dict[str, bytes]:
-    """`tokenizer.json` and `tokenizer_config.json` by name.
+    """`tokenizer.model`, `tokenizer.json` and `tokenizer_config.json`, by name.
+
+    A model that has no form as JSON comes alone; a warning says why.
 
     Args:
       model_bytes: a `tokenizer.model` file.
       max_seq_len: most tokens that the model reads.
-      bos: as for `build_tokenizer_json`, whose UserError it raises.
+      bos: as for `build_tokenizer_json`.
+
+    Raises:
+      UserError: no SentencePiece model.
     """
     tokens = special_tokens(*_parse(model_bytes, "tokenizer.model"))
+    try:
+        content = build_tokenizer_json(model_bytes, bos=bos)
+    except UserError as error:
+        logging.warning("%s; the folder holds tokenizer.model only", error)
+        return {"tokenizer.model": model_bytes}
     config = {
         "add_bos_token": bos and "bos_token" in tokens,
         "add_eos_token": False,
@@ -104,7 +115,8 @@ def tokenizer_files(model_bytes: bytes, max_seq_len: int, bos: bool = True) -> d
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     return {
-        "tokenizer.json": _encode(build_tokenizer_json(model_bytes, bos=bos)),
+        "tokenizer.model": model_bytes,
+        "tokenizer.json": _encode(content),
         "tokenizer_config.json": _encode(config),
     }
 

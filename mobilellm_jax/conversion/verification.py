@@ -47,6 +47,7 @@ class Verification:
       greedy_tokens: length of that continuation.
       greedy_is_tie: whether the first different token is a tie.
       greedy_text: prompt and continuation as the runtime has them; None without a tokenizer.
+      has_tokenizer: whether the runtime has a tokenizer to compare the ids of.
       lines: lines of text that were encoded.
       lines_equal: those with the ids of SentencePiece.
       rounding: what rounding the weights alone does to the JAX model, for formats that round.
@@ -62,6 +63,7 @@ class Verification:
     greedy_tokens: int
     greedy_is_tie: bool
     greedy_text: str | None
+    has_tokenizer: bool
     lines: int
     lines_equal: int
     rounding: Comparison | None = None
@@ -134,7 +136,7 @@ def verify(
     rounding = None
     if unrounded_params is not None:
         rounding = compare(_Reference(config, unrounded_params).logits(tokens), expected_TV)
-    lines = _lines(text) if tokenizer else []
+    lines = _lines(text) if tokenizer and runtime.has_tokenizer else []
     lines_equal = sum(runtime.encode(line) == tokenizer.encode(line) for line in lines)
     on_progress(1.0)
     return Verification(
@@ -144,6 +146,7 @@ def verify(
         decoded=decoded,
         prompts=prompts,
         prompt_lengths=tuple(lengths),
+        has_tokenizer=runtime.has_tokenizer,
         lines=len(lines),
         lines_equal=lines_equal,
         rounding=rounding,

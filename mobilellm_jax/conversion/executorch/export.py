@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
+
 from mobilellm_jax.conversion.pytorch.loading import module_from_params
 from mobilellm_jax.conversion.runtime import import_extra
 from mobilellm_jax.errors import UserError
@@ -59,6 +61,20 @@ def write_pte(
         executable = lowered.to_executorch()
     with open(path, "wb") as file:
         executable.write_to_file(file)
+
+
+def check_tokenizer(tokenizer_model: bytes) -> None:
+    """UserError for a tokenizer of which ExecuTorch gives other ids than SentencePiece.
+
+    Where splits of a text are equally likely, as in runs of one character, its SentencePiece takes
+    another one; only unigram models ask which is likelier.
+    """
+    trainer = sentencepiece_proto.ModelProto.FromString(tokenizer_model).trainer_spec
+    if trainer.model_type == trainer.UNIGRAM:
+        raise UserError(
+            "tokenizer.model: ExecuTorch cannot give its ids, its algorithm is unigram; convert to "
+            "another format, or train with a tokenizer of this project"
+        )
 
 
 def _cached_program(module, config: ModelConfig, context_length: int):

@@ -37,6 +37,7 @@ class ExecuTorchRuntime:
                 raise UserError(f"{file}: no such file; convert the model again")
         self.name = f"ExecuTorch {metadata.version('executorch')}"
         self._path, self._tokenizer_path = str(path), str(tokenizer_path)
+        self.has_tokenizer = tokenizer_path is not None
         self._tokenizer = load_tokenizer(self._tokenizer_path) if tokenizer_path else None
         try:
             program = runtime.Runtime.get().load_program(self._path)

@@ -29,6 +29,8 @@ class LlamaCppRuntime:
     Two runs give the same bits. llama.cpp's messages are not printed, in the whole process.
     """
 
+    has_tokenizer = True  # or llama.cpp would not load the file
+
     def __init__(self, path: Path, context_length: int):
         """Maps the file; UserError with llama.cpp's reason if it cannot load it."""
         self._llama = llama = _quiet_llama_cpp()[0]

@@ -138,11 +138,7 @@ def _tokenizer_files(
     files = {} if chat_template is None else {_CHAT_TEMPLATE: chat_template.encode()}
     if tokenizer is None:
         return files
-    files[_TOKENIZER] = tokenizer.model_bytes
-    try:
-        files |= tokenizer_json.tokenizer_files(tokenizer.model_bytes, max_seq_len, bos)
-    except UserError as error:
-        logging.warning("%s; the folder holds tokenizer.model only", error)
+    files |= tokenizer_json.tokenizer_files(tokenizer.model_bytes, max_seq_len, bos)
     if chat_template is not None and _TOKENIZER_CONFIG in files:
         # Versions of transformers before 4.43 look there.
         values = json.loads(files[_TOKENIZER_CONFIG])

@@ -30,6 +30,7 @@ class TransformersRuntime:
         transformers = import_extra("transformers", "torch")
         self.name = f"transformers {transformers.__version__}"
         self._folder = Path(path)
+        self.has_tokenizer = (self._folder / "tokenizer.json").exists()
         self._tokenizer = None
         self._options = {"local_files_only": True, "trust_remote_code": _has_our_code(self._folder)}
         with _quiet(transformers.utils.logging):
@@ -67,7 +68,7 @@ class TransformersRuntime:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without BOS; UserError if the folder has no tokenizer.json."""
         if self._tokenizer is None:
-            if not (self._folder / "tokenizer.json").exists():
+            if not self.has_tokenizer:
                 raise UserError(f"{self._folder}: has no tokenizer.json that transformers reads")
             transformers = import_extra("transformers", "torch")
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(

@@ -29,6 +29,8 @@ class LiteRtLmRuntime:
     the whole process.
     """
 
+    has_tokenizer = True  # or LiteRT-LM would not load the file
+
     def __init__(self, path: Path):
         """Reads the head of the file, the rest when it is needed.
 
