@@ -1,6 +1,7 @@
 """The comparison of a converted model with the JAX model finds what is wrong, and nothing else."""
 
 import dataclasses
+import re
 import tracemalloc
 
 import jax
@@ -56,7 +57,7 @@ class RuntimeInJax:
         return self._tokenizer.encode(self._pieces(text) if self._pieces else text)
 
 
-def run(runtime, tokenizer, tolerance=TOLERANCE, params=None):
+def run(runtime, tokenizer, tolerance=TOLERANCE, params=None, text=TEXT):
     return verify(
         CONFIG,
         params or random_params(CONFIG),
@@ -64,7 +65,7 @@ def run(runtime, tokenizer, tolerance=TOLERANCE, params=None):
         tolerance,
         tokenizer=tokenizer,
         bos=True,
-        text=TEXT,
+        text=text,
         text_name="a text",
     )
 
@@ -100,6 +101,13 @@ def test_logits_that_are_not_numbers_are_found(tokenizer):
 def test_other_ids_are_found(tokenizer):
     lower = RuntimeInJax(tokenizer, pieces=str.lower)
     assert run(lower, tokenizer).problems == ["ids differ in 8 of 8 lines"]
+
+
+def test_lines_that_spell_out_a_special_token_are_left_out(tokenizer):
+    like_hugging_face = RuntimeInJax(tokenizer, pieces=lambda text: re.sub("</?s>|<unk>", "", text))
+    text = "a <s> b\n</s>\nx<unk>y\n" + TEXT
+    result = run(like_hugging_face, tokenizer, text=text)
+    assert result.problems == [] and result.lines_equal == result.lines == 8
 
 
 def test_without_a_tokenizer_in_the_runtime_no_ids_are_compared(tokenizer):

@@ -20,6 +20,7 @@ SPACE = "\u2581"  # SentencePiece's sign for a space
 # decodes token by token: Strip takes the space before every word, and this pattern it skips.
 _FIRST_SPACE = r"(?<![\s\S]) "
 _Piece = sentencepiece_proto.ModelProto.SentencePiece
+_SPECIAL = (_Piece.UNKNOWN, _Piece.CONTROL)
 _UNCHANGED = "; encode with sentencepiece and tokenizer.model instead"
 
 
@@ -43,13 +44,12 @@ def build_tokenizer_json(
     dummy_prefix = proto.normalizer_spec.add_dummy_prefix
     prepend = [{"type": "Prepend", "prepend": SPACE}] if dummy_prefix else []
     unprepend = {"type": "Replace", "pattern": {"Regex": _FIRST_SPACE}, "content": ""}
-    special = (_Piece.UNKNOWN, _Piece.CONTROL)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            _added_token(i, p.piece) for i, p in enumerate(proto.pieces) if p.type in special
+            _added_token(i, p.piece) for i, p in enumerate(proto.pieces) if p.type in _SPECIAL
         ],
         "normalizer": {
             "type": "Sequence",
@@ -126,6 +126,12 @@ def special_tokens(proto: sentencepiece_proto.ModelProto, tokenizer: Tokenizer) 
     roles = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     marks = {f"{role}_token": proto.pieces[i].piece for role, i in roles.items() if i is not None}
     return {"unk_token": next(p.piece for p in proto.pieces if p.type == _Piece.UNKNOWN)} | marks
+
+
+def special_pieces(model_bytes: bytes) -> list[str]:
+    """The pieces that Hugging Face makes tokens of where a text has their characters."""
+    proto, _ = _parse(model_bytes, "tokenizer.model")
+    return [p.piece for p in proto.pieces if p.type in _SPECIAL]
 
 
 def build_merges(proto: sentencepiece_proto.ModelProto) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """A converted model, run by its own runtime, against the JAX model on real text."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from mobilellm_jax.conversion.formats import Tolerance
 from mobilellm_jax.conversion.runtime import Runtime
+from mobilellm_jax.conversion.tokenizer_json import special_pieces
 from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference.generate import generate_tokens
@@ -48,7 +50,8 @@ class Verification:
       greedy_is_tie: whether the first different token is a tie.
       greedy_text: prompt and continuation as the runtime has them; None without a tokenizer.
       has_tokenizer: whether the runtime has a tokenizer to compare the ids of.
-      lines: lines of text that were encoded.
+      lines: lines of text that were encoded. Those that spell out a special token, such as "<s>",
+        are left out: Hugging Face makes it the token, as is known.
       lines_equal: those with the ids of SentencePiece.
       rounding: what rounding the weights alone does to the JAX model, for formats that round.
     """
@@ -136,7 +139,7 @@ def verify(
     rounding = None
     if unrounded_params is not None:
         rounding = compare(_Reference(config, unrounded_params).logits(tokens), expected_TV)
-    lines = _lines(text) if tokenizer and runtime.has_tokenizer else []
+    lines = _lines(text, tokenizer) if tokenizer and runtime.has_tokenizer else []
     lines_equal = sum(runtime.encode(line) == tokenizer.encode(line) for line in lines)
     on_progress(1.0)
     return Verification(
@@ -245,8 +248,12 @@ def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:
     return tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])
 
 
-def _lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.strip()][:_LINES]
+def _lines(text: str, tokenizer: Tokenizer) -> list[str]:
+    """The first lines whose ids can be compared: none with a special token spelled out."""
+    special = special_pieces(tokenizer.model_bytes)
+    lines = (line for line in text.splitlines() if line.strip())
+    plain = (line for line in lines if not any(piece in line for piece in special))
+    return list(itertools.islice(plain, _LINES))
 
 
 def _log_softmax(logits_TV: np.ndarray) -> np.ndarray:
