@@ -172,6 +172,8 @@ def test_a_stall_is_a_step_far_slower_than_any_before_with_nobody_busy(monkeypat
     here, other = make_peers(2, stall_seconds=20)
     now[0] = 1000.0  # compiling
     assert here._stalled() is None
+    here.start_clock()
+    now[0] += 3
     here.done(1)
     now[0] += 19
     assert here._stalled() is None
@@ -192,6 +194,20 @@ def test_a_stall_is_a_step_far_slower_than_any_before_with_nobody_busy(monkeypat
     assert here._stalled() is None
     now[0] += 106
     assert here._stalled()
+
+
+def test_the_first_step_counts_without_what_came_before_it(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    here, _ = make_peers(2, stall_seconds=20)
+    now[0] = 1000.0  # compiling
+    here.start_clock()
+    now[0] += 25
+    here.done(1)
+    now[0] += 124  # a step that waits for a slow disk, say, or takes 25 s itself
+    assert here._stalled() is None
+    now[0] += 2
+    assert "slowest step: 25.0 s" in here._stalled()
 
 
 def test_alone_nothing_is_compared_watched_or_awaited():

@@ -16,6 +16,9 @@ from prepared import make_documents, run_prepare, write_lines
 from mobilellm_jax import load
 from mobilellm_jax.training.checkpoint_files import load_checkpoint
 from mobilellm_jax.training.metrics import read_metrics
+from mobilellm_jax.training.peers import Peers
+from mobilellm_jax.training.run_config import load_config
+from mobilellm_jax.training.trainer import _Run, train
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
@@ -279,3 +282,24 @@ def test_compiled_programs_outlive_a_run_and_damaged_ones_cost_time_only(home):
     again = train("compiles_again")
     assert again.returncode == 0 and "Error reading persistent compilation cache" in again.stderr
     assert weights_hash(home / "compiles_again") == weights_hash(home / "whole")
+
+
+def one_step(home):
+    """A config of one step, for `train` in this process."""
+    overrides = [f"--config.data.path={home / 'data'}", "--config.train.num_steps=1"]
+    return load_config(str(home / "config.py"), [*overrides, "--config.optimizer.warmup_steps=0"])
+
+
+def test_the_clock_of_the_first_step_starts_once_it_is_compiled(home, monkeypatch):
+    told, compile = [], _Run.compile
+
+    class Noting(Peers):
+        def start_clock(self):
+            told.append("clock")
+
+        def done(self, step):
+            told.append(step)
+
+    monkeypatch.setattr(_Run, "compile", lambda run: [compile(run), told.append("compiled")][0])
+    train(one_step(home), home / "clock", Noting())
+    assert told == ["compiled", "clock", 1]

@@ -101,11 +101,14 @@ class Peers:
 
     # While it trains.
 
+    def start_clock(self) -> None:
+        """Called before the first step: what came before, compiling, says nothing of a step."""
+        self._since = time.monotonic()
+
     def done(self, step: int) -> None:
         """Says that the results of `step` are there; the watch begins with the first."""
         now = time.monotonic()
-        if self._busy is None:
-            self._slowest = max(self._slowest, now - self._since)
+        self._slowest = max(self._slowest, now - self._since)
         self._busy, self._step, self._since = None, step, now
 
     @contextlib.contextmanager

@@ -225,6 +225,7 @@ class _Run:
         """Steps from `start_step` to the end or to a signal; returns the last step done."""
         step, pending = start_step, {}
         compiled = self.compile()
+        self.peers.start_clock()
         with contextlib.closing(self.training_batches(start_step)) as batches:
             for batch in batches:
                 if step == start_step:
