@@ -180,3 +180,25 @@ def test_a_process_that_lives_but_hangs_is_noticed_and_found(home):
         assert ending.seconds < 20
     place = r"process 1: .*at training/trainer.py:\d+: if due := self.due"
     assert re.search(place, run.output(0)), run.output(0)
+
+
+SLOW_SAVE = """
+from mobilellm_jax.training import checkpoints
+
+def write_manifest(*arguments, original=checkpoints.write_manifest):
+    time.sleep(8)
+    return original(*arguments)
+
+checkpoints.write_manifest = write_manifest
+"""
+
+
+def test_a_last_save_that_takes_longer_than_a_stall_is_waited_for(home, tmp_path):
+    (tmp_path / "data").symlink_to(home / "data")
+    (tmp_path / "config.py").write_text(faults.CONFIG + SLOW_SAVE)
+    with faults.Run(tmp_path, "slow", 2, 1, ENDLESS, "--stall_seconds=2") as run:
+        run.wait_for(r"step +5/")
+        run.processes[1].send_signal(signal.SIGTERM)
+        assert run.statuses() == [0, 0], run.output(0) + run.output(1)
+    step = load_checkpoint(tmp_path / "slow").metadata["step"]
+    assert f"step {step} is saved" in run.output(0)

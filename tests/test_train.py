@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from prepared import make_documents, run_prepare, write_lines
 
 from mobilellm_jax import load
+from mobilellm_jax.training import checkpoints
 from mobilellm_jax.training.checkpoint_files import load_checkpoint
 from mobilellm_jax.training.metrics import read_metrics
 from mobilellm_jax.training.peers import Peers
@@ -303,3 +305,17 @@ def test_the_clock_of_the_first_step_starts_once_it_is_compiled(home, monkeypatc
     monkeypatch.setattr(_Run, "compile", lambda run: [compile(run), told.append("compiled")][0])
     train(one_step(home), home / "clock", Noting())
     assert told == ["compiled", "clock", 1]
+
+
+def test_the_last_save_does_not_count_as_a_step(home, monkeypatch):
+    """Of several processes each would otherwise end the run before the save is complete."""
+    peers, found, original = Peers(), [], checkpoints.write_manifest
+
+    def write_manifest(*arguments):
+        time.sleep(1)  # meanwhile the loop ends
+        found.append(peers._busy)
+        original(*arguments)
+
+    monkeypatch.setattr(checkpoints, "write_manifest", write_manifest)
+    train(one_step(home), home / "last", peers)
+    assert found == ["finishing"]

@@ -64,7 +64,6 @@ class Peers:
         return self
 
     def __exit__(self, kind, error, stack) -> None:
-        self._busy = "finishing"
         if self._client is not None and error is not None:
             self._fail(error)
 
@@ -122,7 +121,7 @@ class Peers:
 
     @contextlib.contextmanager
     def contact(self) -> Iterator[None]:
-        """Ends the process at once when a collective inside fails.
+        """Ends the process at once when a collective inside fails; the steps are all inside.
 
         Nothing is unwound: closing a checkpoint that is being saved would wait for the dead.
         """
@@ -132,6 +131,8 @@ class Peers:
             if self._client is not None and _is_lost_contact(error):
                 self._fail(error)
             raise
+        finally:
+            self._busy = "finishing"  # the last save may take far longer than a step
 
     # The end.
 
