@@ -144,6 +144,18 @@ def test_too_little_free_space_stops_a_save_before_it_starts(tmp_path):
     assert _steps(tmp_path) == [1]
 
 
+def test_several_processes_save_on_a_disk_that_says_it_has_no_end(tmp_path):
+    """Amazon EFS reports 8 EiB."""
+    broadcast = "mobilellm_jax.training.checkpoints.multihost_utils.broadcast_one_to_all"
+    with (
+        Checkpoints(tmp_path, keep_last=1) as checkpoints,
+        mock.patch("shutil.disk_usage", return_value=mock.Mock(free=(1 << 63) - 1)),
+        mock.patch("jax.process_count", return_value=2),
+        mock.patch(broadcast, side_effect=lambda halves: halves),
+    ):
+        checkpoints._check_free_space({})
+
+
 def test_a_save_that_fails_in_the_background_fails_the_next_one(tmp_path):
     with Checkpoints(tmp_path, keep_last=5) as checkpoints:
         checkpoints.save(1, **faults.state(1))

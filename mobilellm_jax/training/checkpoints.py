@@ -280,7 +280,10 @@ class Checkpoints:
         """Orbax itself reports a full disk one save late."""
         arrays = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
         needed = arrays + arrays // 50 + (1 << 20)
-        free = _from_first_process(lambda: shutil.disk_usage(self.directory).free)
+        # Some network disks say that they have no end; what is sent has 61 bits.
+        free = _from_first_process(
+            lambda: min(shutil.disk_usage(self.directory).free, (1 << 61) - 1)
+        )
         if free < needed:
             raise UserError(
                 f"{self.directory}: a checkpoint needs {needed:,} bytes, {free:,} are free; "
