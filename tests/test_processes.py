@@ -210,6 +210,33 @@ def test_the_first_step_counts_without_what_came_before_it(monkeypatch):
     assert "slowest step: 25.0 s" in here._stalled()
 
 
+@pytest.mark.parametrize(
+    ("error", "expected"), [(UserError("a mistake"), {0: 2, 1: 2}), (KeyError(), {0: 75, 1: 1})]
+)
+def test_all_end_with_2_for_a_mistake_and_the_others_with_75_for_the_rest(
+    error, expected, monkeypatch, capsys
+):
+    ended = {}
+
+    def run(number, end, *arguments):
+        with pytest.raises(SystemExit) as exit:
+            end(*arguments)
+        ended[number] = exit.value.code
+
+    monkeypatch.setattr("os._exit", sys.exit)
+    other, failing = make_peers(2)
+    threads = [
+        threading.Thread(target=run, args=arguments)
+        for arguments in [(0, other._watch), (1, failing._fail, error)]
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ended == expected
+    assert "process 0 of 2: ends with the others" in capsys.readouterr().err
+
+
 def test_alone_nothing_is_compared_watched_or_awaited():
     before = threading.active_count()
     with Peers() as peers, peers.contact():

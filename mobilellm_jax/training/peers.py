@@ -28,6 +28,7 @@ import mobilellm_jax
 from mobilellm_jax.errors import UserError
 
 LOST_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
+_MISTAKE_STATUS = 2  # of the command line: another start would meet it again
 
 _PREFIX = "mobilellm/"
 _POLL_SECONDS = 1.0
@@ -142,7 +143,7 @@ class Peers:
         if _is_lost_contact(error) or _is_lost_contact(error.__cause__):
             self._leave("at", f"lost contact ({text.splitlines()[0][:200]})", LOST_STATUS)
         elif isinstance(error, UserError):
-            self._leave("cause", text, 2)
+            self._leave("cause", text, _MISTAKE_STATUS)
         elif isinstance(error, SystemExit):
             status = error.code if isinstance(error.code, int) else 1
             self._leave("cause", f"ends with status {status}, see above", status)
@@ -159,16 +160,19 @@ class Peers:
         self._leaving.acquire()  # for good: the process ends
         if kind == "cause":
             self._say(text)
-        missing, causes, others = None, {}, {}
+        missing, causes, others, mistakes = None, {}, {}, {}
         try:
-            self._set(f"end/{kind}/{self.process}", text)
+            self._set(f"end/{kind}/{status}/{self.process}", text)
             self._client.wait_at_barrier(_PREFIX + "leave", int(_LEAVE_SECONDS * 1000))
         except jax.errors.JaxRuntimeError as error:
             missing = missing_at_barrier(str(error))
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             causes, others = self._read("end/cause/"), self._read("end/at/")
+            mistakes = self._read(f"end/cause/{_MISTAKE_STATUS}/")
         if kind != "cause":
             self._say(self._explanation(text, missing, causes, others))
+            # Schedulers look at the highest status of all: nobody may say "try again".
+            status = _MISTAKE_STATUS if mistakes else status
         sys.stdout.flush()
         if self.process == 0:
             time.sleep(1)  # without its service JAX aborts the others before they have spoken
