@@ -195,6 +195,23 @@ def test_a_fraction_of_a_single_text_is_its_end(tmp_path, model, name):
     assert [split.num_documents for split in header.splits.values()] == [1, 1]
 
 
+def test_a_cut_at_the_end_of_a_block_begins_a_document(tmp_path, model, monkeypatch):
+    """Where a block has no further line end, as in text8, which is one line."""
+    monkeypatch.setattr("mobilellm_jax.data.sources.BLOCK_BYTES", 1000)
+    text = "the cat and the dog " * 400
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    header = run_prepare([path], tmp_path / "out", tokenizer=model, valid_fraction=0.3)
+    tokenizer = Tokenizer.load(model)
+    streams = [stream(tmp_path / "out", split) for split in ("train", "valid")]
+    assert "".join(map(tokenizer.decode, streams)) == text
+    for tokens, split in zip(streams, header.splits.values(), strict=True):
+        assert tokens[0] == tokenizer.bos_id and tokens.count(tokenizer.bos_id) == 1
+        assert split.num_documents == 1
+    source = open_split(tmp_path / "out", "valid")
+    assert source.record(0).starts.tolist() == [0]
+
+
 def test_named_files_are_held_out(tmp_path, model):
     write_lines(tmp_path / "a.jsonl", DOCUMENTS[:40])
     write_lines(tmp_path / "b.jsonl", DOCUMENTS[40:])

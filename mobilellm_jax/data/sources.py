@@ -257,7 +257,8 @@ class Source:
                 if part or last:
                     text = self._decode(part, offset)
                     yield Document(text, None, split, self.path, line, first, last)
-                offset, line, first = offset + len(part), line + part.count(b"\n"), False
+                    first = False
+                offset, line = offset + len(part), line + part.count(b"\n")
             block = following
 
     def _text_blocks(self) -> Iterator[bytes]:
