@@ -10,15 +10,18 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from prepared import make_documents, run_prepare, write_lines
 
 from mobilellm_jax import load
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.training import checkpoints
 from mobilellm_jax.training.checkpoint_files import load_checkpoint
 from mobilellm_jax.training.metrics import read_metrics
 from mobilellm_jax.training.peers import Peers
+from mobilellm_jax.training.program import TrainProgram
 from mobilellm_jax.training.run_config import load_config
 from mobilellm_jax.training.trainer import _Run, train
 
@@ -319,3 +322,19 @@ def test_the_last_save_does_not_count_as_a_step(home, monkeypatch):
     monkeypatch.setattr(checkpoints, "write_manifest", write_manifest)
     train(one_step(home), home / "last", peers)
     assert found == ["finishing"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "message"),
+    [
+        (TrainProgram, "init_state", "do not fit; set config.mesh.fsdp"),
+        (_Run, "compile", "raise config.train.accumulation_steps"),
+    ],
+)
+def test_too_little_memory_comes_with_a_mend_that_helps(home, monkeypatch, owner, name, message):
+    def fail(self):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\n  a long stack")
+
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(UserError, match=rf"\(RESOURCE_EXHAUSTED: Out of memory\): .*{message}"):
+        train(one_step(home), home / "memory")

@@ -40,17 +40,15 @@ def finite_metrics(pending: dict[int, dict[str, jax.Array]]) -> dict[str, float]
 
 
 @contextlib.contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turns the compiler's and the allocator's "out of memory" into a UserError."""
+def memory_errors(mend: str) -> Iterator[None]:
+    """Turns the compiler's and the allocator's "out of memory" into a UserError with the mend."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            f"a device is out of memory ({str(error).splitlines()[0]}): raise "
-            "config.train.accumulation_steps, lower config.train.global_batch_size, or set "
-            "config.execution.remat to 'attention' or 'full'"
+            f"a device is out of memory ({str(error).splitlines()[0]}): {mend}"
         ) from error
 
 

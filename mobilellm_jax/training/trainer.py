@@ -37,6 +37,15 @@ from mobilellm_jax.training.stopping import (
 # enough that a signal is answered soon and batches do not pile up on the device.
 _MAX_AHEAD = 2
 
+_STATE_MEND = (
+    "weights and optimizer state do not fit; set config.mesh.fsdp, which splits them, to the "
+    "number of devices, or take more devices"
+)
+_STEP_MEND = (
+    "raise config.train.accumulation_steps, lower config.train.global_batch_size, or set "
+    "config.execution.remat to 'attention' or 'full'"
+)
+
 
 def train(config: ConfigDict, workdir: str | Path, peers: Peers | None = None) -> None:
     """Trains until `config.train.num_steps`, from the newest checkpoint in `workdir` if any.
@@ -65,13 +74,14 @@ def train(config: ConfigDict, workdir: str | Path, peers: Peers | None = None) -
             workdir, keep_last=settings.keep_last, keep_every=settings.keep_every or None
         ) as checkpoints,
     ):
-        start_step, state = run.restore_or_init(checkpoints)
+        with memory_errors(_STATE_MEND):
+            start_step, state = run.restore_or_init(checkpoints)
         if start_step >= config.train.num_steps:
             print(f"finished: {workdir} is at step {start_step:,} of {config.train.num_steps:,}")
             return
         run.announce(workdir, start_step)
         log = run.metrics_log(workdir, start_step)
-        with contextlib.closing(log), memory_errors(), peers.contact():
+        with contextlib.closing(log), memory_errors(_STEP_MEND), peers.contact():
             step = run.loop(start_step, state, checkpoints, log, stop)
     if step < config.train.num_steps:
         print(f"stopped by a signal, step {step:,} is saved; run the same command to go on")
