@@ -10,7 +10,7 @@ from prepared import make_documents, run_prepare, write_lines
 from mobilellm_jax import cli
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.training.checkpoints import save_params
-from mobilellm_jax.training.run_config import default_config
+from mobilellm_jax.training.run_config import default_config, load_config, model_config
 
 CONFIG = """
 from mobilellm_jax.training.run_config import default_config
@@ -100,3 +100,18 @@ def test_a_checkpoint_of_another_model_or_a_damaged_one_is_a_fail(doctor, tmp_pa
     (tmp_path / "damaged" / "checkpoints" / "0" / "metadata.json").write_text("{}")
     status, found = doctor(workdir=tmp_path / "damaged")
     assert status == 2 and found["workdir"][0] == "FAIL"
+
+
+def test_what_train_would_not_go_on_with_is_a_fail(doctor, home, tmp_path):
+    model = model_config(load_config(str(home / "config.py")))
+    arrays = {"embedding": np.zeros((8, 4), np.float32)}
+    tokenizer = (home / "data" / "tokenizer.model").read_bytes()
+    save_params(tmp_path / "same", model, arrays, tokenizer)
+    _, found = doctor(workdir=tmp_path / "same")
+    assert found["workdir"] == ("ok", f"{tmp_path / 'same'}: goes on from step 0, which is whole")
+    save_params(tmp_path / "tokenizer", model, arrays, b"another")
+    save_params(tmp_path / "order", model, arrays, tokenizer, {"sample_order": {"seed": 7}})
+    for name, message in [("tokenizer", "another tokenizer"), ("order", "seed was 7, is 0")]:
+        status, found = doctor(workdir=tmp_path / name)
+        assert status == 2 and found["workdir"][0] == "FAIL"
+        assert message in found["workdir"][1]

@@ -189,6 +189,7 @@ class Examination:
             list_steps,
             raise_if_damaged,
             read_metadata,
+            read_tokenizer,
         )
         from mobilellm_jax.training.run_config import model_config
 
@@ -198,7 +199,10 @@ class Examination:
             return Finding("ok", f"{self.workdir}: starts from scratch")
         newest = folder / str(max(steps))
         raise_if_damaged(newest, max(steps))
-        check_model(newest, read_metadata(newest), model_config(self.config))
+        metadata = read_metadata(newest)
+        check_model(newest, metadata, model_config(self.config))
+        if self.inputs:
+            self.inputs.check_continues(folder, metadata, read_tokenizer(newest))
         return Finding("ok", f"{self.workdir}: goes on from step {max(steps):,}, which is whole")
 
     def disk(self) -> Finding:

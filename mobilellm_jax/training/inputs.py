@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from mobilellm_jax.data.loader import check_mixture, open_split
 from mobilellm_jax.data.records import DatasetHeader
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.training import run_config
 from mobilellm_jax.training.checks import check_dataset, parse_mixture
 
@@ -50,6 +54,37 @@ class Inputs:
             "seed": self._config.seed,
             "global_batch_size": self._config.train.global_batch_size,
         }
+
+    def check_continues(
+        self, directory: Path, metadata: Mapping[str, Any], tokenizer_model: bytes | None
+    ) -> None:
+        """Refuses checkpoints whose order of samples this run would not go on with.
+
+        Args:
+          directory: of the checkpoints, for the message.
+          metadata: that of the step to go on from.
+          tokenizer_model: the one saved with it, if one was.
+
+        Raises:
+          UserError: naming what differs.
+        """
+        if tokenizer_model is not None and tokenizer_model != self.tokenizer_model:
+            raise UserError(
+                f"{directory} was trained with another tokenizer than that of "
+                f"{self.datasets[0][0]}: prepare the data with its tokenizer.model, or use "
+                "another workdir"
+            )
+        saved, now = metadata.get("sample_order"), self.sample_order()
+        if saved is not None and saved != now:
+            different = [
+                f"{key} was {saved.get(key)}, is {now[key]}"
+                for key in now
+                if saved.get(key) != now[key]
+            ]
+            raise UserError(
+                f"{directory}: the order of samples would change: {'; '.join(different)}. Restore "
+                "these settings, or use another workdir"
+            )
 
     def facts(self) -> dict:
         """What decides the run, to be compared between its processes."""

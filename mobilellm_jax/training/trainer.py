@@ -17,7 +17,7 @@ from mobilellm_jax.evaluation.perplexity import split_perplexity
 from mobilellm_jax.files import lock_folder, write_file
 from mobilellm_jax.model.config import count_params, train_flops_per_token
 from mobilellm_jax.training import run_config
-from mobilellm_jax.training.checkpoints import Checkpoints, Restored
+from mobilellm_jax.training.checkpoints import Checkpoints
 from mobilellm_jax.training.hardware import peak_flops
 from mobilellm_jax.training.inputs import Inputs
 from mobilellm_jax.training.metrics import MetricsLog
@@ -133,35 +133,15 @@ class _Run:
         )
         if restored is None:
             return 0, self.program.init_state()
-        self.check_continues(checkpoints, restored)
+        self.inputs.check_continues(
+            checkpoints.directory, restored.metadata, restored.tokenizer_model
+        )
         opt_state = restored.opt_state
         if opt_state is None:
             opt_state = self.program.init_opt_state(restored.params)
         step = jax.device_put(np.int32(restored.step), self.program.state_shardings.step)
         print(f"resuming from step {restored.step:,} in {checkpoints.directory}")
         return restored.step, TrainState(step, restored.params, opt_state)
-
-    def check_continues(self, checkpoints: Checkpoints, restored: Restored) -> None:
-        """Refuses a workdir whose order of samples this run would not go on with."""
-        tokenizer_model = restored.tokenizer_model
-        if tokenizer_model is not None and tokenizer_model != self.inputs.tokenizer_model:
-            raise UserError(
-                f"{checkpoints.directory} was trained with another tokenizer than that of "
-                f"{self.inputs.datasets[0][0]}: prepare the data with its tokenizer.model, or use "
-                "another workdir"
-            )
-        saved = restored.metadata.get("sample_order")
-        now = self.inputs.sample_order()
-        if saved is not None and saved != now:
-            different = [
-                f"{key} was {saved.get(key)}, is {now[key]}"
-                for key in now
-                if saved.get(key) != now[key]
-            ]
-            raise UserError(
-                f"{checkpoints.directory}: the order of samples would change: "
-                f"{'; '.join(different)}. Restore these settings, or use another workdir"
-            )
 
     def metadata(self, step: int) -> dict:
         """What a checkpoint says of the run, beside its arrays."""
