@@ -21,9 +21,10 @@ def folder_in_the_making(output: Path) -> Iterator[Path]:
     partial = output.with_name(output.name + ".partial")
     try:
         if partial.exists():
-            os.close(_lock_to_prepare(partial))
+            leftover = _lock_to_prepare(partial)
             print(f"removing {partial}, left over from an interrupted run", file=sys.stderr)
-            shutil.rmtree(partial)
+            shutil.rmtree(partial)  # still locked: another prepare may find it, too
+            os.close(leftover)
         partial.mkdir(parents=True)
         lock = _lock_to_prepare(partial)
     except OSError as error:
@@ -45,7 +46,13 @@ def folder_in_the_making(output: Path) -> Iterator[Path]:
 
 
 def _lock_to_prepare(partial: Path) -> int:
-    return lock_folder(partial, f"{partial}: another prepare is writing there; wait for it")
+    message = f"{partial}: another prepare is writing there; wait for it"
+    lock = lock_folder(partial, message)
+    # What was opened may have been removed or renamed, and made anew, before it was locked.
+    if not partial.exists() or not os.path.samestat(os.fstat(lock), partial.stat()):
+        os.close(lock)
+        raise UserError(message)
+    return lock
 
 
 def lock_folder(folder: Path, message: str) -> int:

@@ -1,9 +1,11 @@
 """Prepare: a folder that is whole or not there, however the command ends."""
 
 import contextlib
+import fcntl
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 from prepared import DOCUMENTS, files_in, make_documents, run_prepare, write_lines
 
+from mobilellm_jax import files
 from mobilellm_jax.data import encoding, packing
 from mobilellm_jax.data.loader import open_split
 from mobilellm_jax.data.records import DatasetHeader
@@ -74,6 +77,37 @@ def test_an_interruption_leaves_nothing(tmp_path, model, monkeypatch, error):
     with pytest.raises(error):
         run_prepare([path], tmp_path / "out", tokenizer=model)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_a_leftover_is_removed_under_its_lock(tmp_path, model, monkeypatch):
+    path, partial, tried = write_lines(tmp_path / "a.jsonl"), tmp_path / "out.partial", []
+
+    def rmtree(folder, original=shutil.rmtree, **settings):
+        tried.append(folder)
+        with pytest.raises(UserError, match="held"):
+            files.lock_folder(folder, "held")
+        original(folder, **settings)
+
+    partial.mkdir()
+    monkeypatch.setattr("shutil.rmtree", rmtree)
+    run_prepare([path], tmp_path / "out", tokenizer=model)
+    assert tried == [partial]
+
+
+def test_a_folder_that_was_replaced_before_it_is_locked_is_left_alone(tmp_path, model, monkeypatch):
+    path, partial = write_lines(tmp_path / "a.jsonl"), tmp_path / "out.partial"
+
+    def flock(descriptor, how, original=fcntl.flock):
+        partial.rename(tmp_path / "old")
+        partial.mkdir()
+        (partial / "theirs").write_text("keep")
+        original(descriptor, how)
+
+    partial.mkdir()
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(UserError, match="another prepare is writing"):
+        run_prepare([path], tmp_path / "out", tokenizer=model)
+    assert files_in(partial) == {"theirs": b"keep"}
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, model):
