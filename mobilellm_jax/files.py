@@ -59,14 +59,19 @@ def lock_folder(folder: Path, message: str) -> int:
     """Holds the folder against other processes until the descriptor is closed or we end.
 
     Raises:
-      UserError: with `message`, if another process holds it.
+      UserError: with `message`, if another process holds it; its file system knows no locks.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    except OSError as error:
         os.close(descriptor)
-        raise UserError(message) from error
+        if isinstance(error, BlockingIOError):
+            raise UserError(message) from error
+        raise UserError(
+            f"{folder}: cannot be locked ({error.strerror}), and two runs in it would destroy each "
+            "other's files; mount its file system with locks (Lustre: -o flock), or use another"
+        ) from error
     return descriptor
 
 

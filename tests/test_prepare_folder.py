@@ -1,6 +1,7 @@
 """Prepare: a folder that is whole or not there, however the command ends."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import random
@@ -108,6 +109,21 @@ def test_a_folder_that_was_replaced_before_it_is_locked_is_left_alone(tmp_path, 
     with pytest.raises(UserError, match="another prepare is writing"):
         run_prepare([path], tmp_path / "out", tokenizer=model)
     assert files_in(partial) == {"theirs": b"keep"}
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    """As Lustre is without -o flock."""
+
+    def flock(descriptor, how):
+        locked.append(descriptor)
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    locked = []
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(UserError, match="cannot be locked .*Function not implemented.*-o flock"):
+        files.lock_folder(tmp_path, "held")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(*locked)
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, model):
