@@ -140,6 +140,23 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, model):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_tokenizer_is_on_the_disk_before_the_header(tmp_path, model, monkeypatch, trained):
+    synced = []
+
+    def fsync(descriptor, original=os.fsync):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        original(descriptor)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    path = write_lines(tmp_path / "a.jsonl")
+    settings = {"vocab_size": 300} if trained else {"tokenizer": model}
+    run_prepare([path], tmp_path / "out", **settings)
+    found = [name for name in synced if not name.endswith("array_record")]
+    assert found == [".tokenizer.model.tmp", "out.partial", "dataset.json.tmp", "out.partial"]
+
+
 def test_lost_records_are_noticed_when_a_shard_is_closed(tmp_path, model, monkeypatch):
     class Forgetful(packing.array_record_module.ArrayRecordWriter):
         def write(self, data):

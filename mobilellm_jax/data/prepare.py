@@ -26,7 +26,7 @@ from mobilellm_jax.data.sources import BLOCK_BYTES, Source, find_sources
 from mobilellm_jax.data.splits import Settings, batches_of, training_sample
 from mobilellm_jax.data.tokenizer import Tokenizer, train_tokenizer
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import folder_in_the_making
+from mobilellm_jax.files import folder_in_the_making, write_file
 
 
 def prepare(
@@ -86,7 +86,8 @@ def prepare(
         if loaded is None:
             sample = training_sample(find_sources(inputs or valid_inputs), field, split_field)
             loaded = train_tokenizer(sample, vocab_size, partial / TOKENIZER_FILE)
-        (partial / TOKENIZER_FILE).write_bytes(loaded.model_bytes)
+        else:
+            write_file(partial / TOKENIZER_FILE, loaded.model_bytes)
         header = _write(partial, settings, sources, loaded, num_workers, progress)
     return header
 

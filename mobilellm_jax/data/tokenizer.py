@@ -7,7 +7,6 @@ is trained here works wherever a LLaMA tokenizer does (Hugging Face, llama.cpp, 
 import functools
 import hashlib
 import io
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import sentencepiece
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import write_file
 
 MAX_SAMPLE_BYTES = 20_000_000
 # SentencePiece silently skips training sentences longer than this (its max_sentence_length).
@@ -152,9 +152,7 @@ def train_tokenizer(
     except (RuntimeError, OSError) as error:
         raise _training_error(error, vocab_size) from error
     tokenizer = Tokenizer(model.getvalue(), str(output_path))
-    temporary = output_path.with_name(output_path.name + ".tmp")
-    temporary.write_bytes(tokenizer.model_bytes)
-    os.replace(temporary, output_path)
+    write_file(output_path, tokenizer.model_bytes)
     return tokenizer
 
 
