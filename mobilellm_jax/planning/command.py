@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from mobilellm_jax.errors import UserError
@@ -59,6 +60,13 @@ def main(args: argparse.Namespace) -> None:
     budget = Budget(args.tokens, args.price)
     if args.search:
         plans = _search(config, hardware, length)
+        if not any(plan.fits for _, plan in plans):
+            print(
+                f"nothing that was tried fits {args.topology}; take more chips or a smaller batch",
+                file=sys.stderr,
+            )
+        if not plans:  # by a rough count of memory already
+            raise SystemExit(3)
     else:
         print(f"compiling for {args.topology}; this takes up to two minutes ...", flush=True)
         plans = [(Path(args.config).name, make_plan(config, hardware, length))]

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig, count_params
 from mobilellm_jax.model.transformer import Execution
 from mobilellm_jax.planning.plan import Plan, kept_bytes, make_plan, step_time
@@ -43,10 +42,7 @@ def search(
     and rematerialisation.
 
     Yields:
-      Config and plan of everything that was compiled, as soon as it is.
-
-    Raises:
-      UserError: nothing fits.
+      Config and plan of everything that was compiled, as soon as it is, whether it fits or not.
     """
     fitting = 0
     for candidate in candidates(config, hardware, sequence_length):
@@ -56,10 +52,6 @@ def search(
         fitting += plan.fits
         if fitting == num_fitting:
             return
-    if not fitting:
-        raise UserError(
-            f"nothing that was tried fits {hardware.name}; take more chips or a smaller batch"
-        )
 
 
 def candidates(config: ConfigDict, hardware: Topology, sequence_length: int) -> list[Candidate]:
