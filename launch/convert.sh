@@ -27,7 +27,7 @@ for target in hf:float32 hf:bfloat16 hf_compact:float32 pte:float32 gguf:float32
         continue
     fi
     mobilellm convert --to "$format" --dtype "$dtype" --checkpoint "$CHECKPOINT" \
-        --output "$folder" "${CONTEXT[@]}" || failed+=("$format $dtype")
+        --output "$folder" ${CONTEXT[@]+"${CONTEXT[@]}"} || failed+=("$format $dtype")
 done
 
 printf '\n\033[1m== done\033[0m\n'
