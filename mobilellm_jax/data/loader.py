@@ -173,13 +173,15 @@ def train_batches(
     Args:
       datasets: (folder, weight) pairs; the weights are relative shares of the records.
       seed: decides the order.
-      global_batch_size: B, records per step over all P processes; a multiple of P.
+      global_batch_size: B, records per step over all processes.
       sequence_length: T; must be that of the datasets.
       num_steps: the step at which the run ends, whatever ``start_step`` is.
+      rows: which of the B rows to make, in this order, as each process loads those of its own
+        devices; None makes all.
       num_threads, prefetch: background threads, and batches made ahead.
 
     Yields:
-      Dicts of arrays [B / P, T]: inputs, targets and segment_ids (number of the document within
+      Dicts of arrays [len(rows), T]: inputs, targets and segment_ids (number of the document within
       its record, from 1; 0 is padding), all int32, and loss_weights, float32, 0 for padding.
 
     Raises:
@@ -208,10 +210,8 @@ def eval_batches(
     batch_size: int,
     max_records: int | None = None,
     rows: Sequence[int] | None = None,
-    num_threads: int = 2,
-    prefetch: int = 4,
 ) -> Iterator[Batch]:
-    """Every record of a split once, in the order of the text; batches as in ``train_batches``.
+    """Every record of a split once, in the order of the text; ``rows`` as in ``train_batches``.
 
     The number of batches is the same in every process; rows that the last one lacks are padding
     (loss_weights 0). ``max_records`` limits the evaluation to the first records.
@@ -227,7 +227,7 @@ def eval_batches(
         return _stack([source[i] if i < num_records else padding for i in indices])
 
     numbers = range(math.ceil(num_records / batch_size))
-    return _prefetched(numbers, batch_of, num_threads, prefetch)
+    return _prefetched(numbers, batch_of, num_threads=2, prefetch=4)
 
 
 def _row(record: Record) -> Batch:
