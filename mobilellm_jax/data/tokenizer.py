@@ -113,7 +113,6 @@ def train_tokenizer(
     output_path: str | Path,
     *,
     max_sample_bytes: int = MAX_SAMPLE_BYTES,
-    num_threads: int = 2,
 ) -> Tokenizer:
     """Trains a LLaMA-like BPE tokenizer on the first ``max_sample_bytes`` of ``documents``.
 
@@ -146,7 +145,7 @@ def train_tokenizer(
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            num_threads=num_threads,
+            num_threads=2,
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
