@@ -28,7 +28,7 @@ class Chip:
       memory_bandwidth: bytes/s.
       fast_bandwidth: bytes/s that a chip sends to its neighbours along one axis of the mesh: both
         directions of a ring of TPU links, one direction of NVLink.
-      slow_bandwidth: bytes/s that a chip sends beyond its host (GPUs) or its slice (TPUs).
+      slow_bandwidth: of a GPU, bytes/s that it sends beyond its host; slices have only one kind.
       target: of a GPU, what differs between kinds in XLA's `GpuTargetConfigProto`.
     """
 
@@ -36,20 +36,20 @@ class Chip:
     memory_bytes: int
     memory_bandwidth: float
     fast_bandwidth: float
-    slow_bandwidth: float
+    slow_bandwidth: float | None = None
     target: dict | None = None
 
 
 # TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} for memory; one-way bandwidth of a link (45
 # GB/s, on v5p and v6e 90) as in "How to Scale Your Model" (jax-ml.github.io/scaling-book), twice
-# for the two directions of a ring; 6.25 GB/s of data-centre network per chip from there too.
+# for the two directions of a ring.
 # GPUs: NVIDIA's data sheets (SXM); beyond the host one 400 Gb/s adapter per GPU (A100: 200 Gb/s),
 # as in NVIDIA's DGX systems. A tenth of a GPU's memory is left to CUDA and NCCL.
 CHIPS = {
-    "v4": Chip("tpu", 32 * GIB, 1.2e12, 90e9, 6.25e9),
-    "v5e": Chip("tpu", int(15.75 * GIB), 0.82e12, 90e9, 6.25e9),
-    "v5p": Chip("tpu", 95 * GIB, 2.77e12, 180e9, 6.25e9),
-    "v6e": Chip("tpu", int(31.25 * GIB), 1.64e12, 180e9, 6.25e9),
+    "v4": Chip("tpu", 32 * GIB, 1.2e12, 90e9),
+    "v5e": Chip("tpu", int(15.75 * GIB), 0.82e12, 90e9),
+    "v5p": Chip("tpu", 95 * GIB, 2.77e12, 180e9),
+    "v6e": Chip("tpu", int(31.25 * GIB), 1.64e12, 180e9),
     "a100": Chip(
         "cuda",
         int(0.9 * 80 * GIB),
