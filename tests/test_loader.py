@@ -1,7 +1,9 @@
 """The loader: an order that is a pure function, batches for any hosts, and damaged shards."""
 
 import itertools
+import os
 import random
+import resource
 from collections import Counter
 
 import chex
@@ -340,6 +342,29 @@ def test_an_error_in_the_background_reaches_the_caller_when_the_batch_is_due(tmp
         next(batches)
     with pytest.raises(UserError, match="train-00000.*record 20"):
         next(batches)
+
+
+@pytest.fixture
+def few_files():
+    """A soft limit that leaves some 20 further files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 20, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_shards_are_read_than_the_soft_limit_of_open_files(tmp_path, few_files):
+    folder = _write_dataset(tmp_path / "d", 60, shard=1)
+    assert [tokens[0] for tokens in _records(folder)] == list(range(60))
+
+
+def test_too_many_shards_for_the_hard_limit_are_no_damage(tmp_path, few_files, monkeypatch):
+    folder = _write_dataset(tmp_path / "d", 60, shard=1)
+    monkeypatch.setattr("resource.setrlimit", lambda *_: None)
+    with pytest.raises(UserError, match=r"its 60 shards stay open .* hard limit \(ulimit -Hn\)"):
+        _records(folder)
 
 
 def test_a_shard_that_vanishes_after_the_start_is_named(tmp_path):

@@ -6,10 +6,13 @@ run resumes by naming its step. Batches are made by background threads (grain), 
 
 import bisect
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
 import math
+import os
+import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +58,7 @@ class RecordSource:
         self._stops = list(itertools.accumulate(shard.num_records for shard in self._shards))
         self._readers: list[array_record_module.ArrayRecordReader | None]
         self._readers = [None] * len(self._shards)
+        _allow_open_files(len(self._shards))
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -83,6 +87,12 @@ class RecordSource:
                 seed=checksum_seed(self.header.tokenizer_sha256, self.split, index),
             )
         except (RuntimeError, IndexError, UserError) as error:
+            if os.strerror(errno.EMFILE) in str(error):
+                limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+                raise UserError(
+                    f"{self.directory}: its {len(self._shards):,} shards stay open once read, but "
+                    f"this process may have {limit:,} files open; raise its hard limit (ulimit -Hn)"
+                ) from error
             raise UserError(
                 f"{self.directory / shard.file}: record {position} (of {self.split}: {index}) "
                 f"{error}; the shard is damaged: copy it again, or prepare the dataset again"
@@ -97,6 +107,17 @@ class RecordSource:
                     file_reader_buffer_size=1 << 15,
                 )
             return self._readers[number]
+
+
+def _allow_open_files(more: int) -> None:
+    """Raises the soft limit, often 1024, as far as the hard one lets it.
+
+    Opening a shard reads the place of each of its records, so none is closed to be opened again.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def open_split(directory: str | Path, split: str) -> RecordSource:
