@@ -11,9 +11,6 @@ CONFIG=${CONFIG:-configs/laptop.py}
 DATA=${DATA:-data/corpus}
 WORKDIR=${WORKDIR:-runs/$(basename "${CONFIG%%.py*}")}
 
-# Memory in pages of 2 MB: a step on a CPU takes 0.89 to 0.96 of its time with them (docs/cpu_step.md).
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
-
 mkdir -p "$WORKDIR/logs"
 printf '\n== %s on %s\n' "$(date -u +%FT%TZ)" "$(hostname)" >>"$WORKDIR/logs/local.log"
 # exec: signals reach the training itself. tee outlives them, to see its last words.

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import mobilellm_jax
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.large_pages import run_with_large_pages
 
 # Verb -> (module with `add_arguments(parser)` and `main(args)`, one line of help).
 VERBS = {
@@ -49,6 +50,9 @@ From text to a model, in this order (`mobilellm VERB --help` has an example for 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb.
 
+    Args:
+      argv: the verb and its flags; None takes those of the process.
+
     Returns:
       The exit status: 0, 2 for a mistake that the user can mend, 130 after Ctrl-C, 141 where nobody
       reads what is printed any more, as after `| head` (128 and the signal, as shells count).
@@ -59,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_override = re.compile(r"--config\.[\w.]+=").match
     if rest and not (verb in _VERBS_WITH_CONFIG and all(map(is_override, rest))):
         _parser(verb).parse_args(arguments)  # names what it does not know, and exits
+    if argv is None and verb == "train":
+        run_with_large_pages()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     module = importlib.import_module(VERBS[verb][0])
     if verb in _VERBS_WITH_CONFIG:

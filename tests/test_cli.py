@@ -162,3 +162,21 @@ def test_a_prompt_longer_than_the_context_is_refused(capsys, tmp_path, monkeypat
         capsys, "generate", "--checkpoint", tmp_path / "m", "--prompt", "cat dog " * 40
     )
     assert status == 2 and re.search(r"prompt 1 has \d+ tokens, the context .* holds 16", text)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+@pytest.mark.parametrize("own", [None, "glibc.malloc.check=1"])
+def test_training_asks_for_large_pages_unless_told_otherwise(own, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text("import os\nprint(os.getpid(), os.environ.get('GLIBC_TUNABLES'))\n")
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "mobilellm_jax", "train", "--config", config, "--workdir", tmp_path],
+        env=environment | ({"GLIBC_TUNABLES": own} if own else {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        out, err = process.communicate()
+    assert out == f"{process.pid} {own or 'glibc.malloc.hugetlb=1'}\n"  # once, the same process
+    assert process.returncode == 2 and "get_config" in err

@@ -166,17 +166,6 @@ def test_local_passes_arguments_status_and_signals_and_appends_to_its_log(tmp_pa
     assert stand_ins.calls() == [f"mobilellm {arguments}"] * 2
 
 
-@pytest.mark.parametrize("own", [None, "glibc.malloc.check=1"])
-def test_local_asks_for_huge_pages_unless_told_otherwise(tmp_path, stand_ins, own):
-    stand_ins("mobilellm", 'echo "$GLIBC_TUNABLES"')
-    environment = stand_ins.environment | {"WORKDIR": str(tmp_path)}
-    environment.pop("GLIBC_TUNABLES", None)
-    if own:
-        environment["GLIBC_TUNABLES"] = own
-    done = subprocess.run([LAUNCH / "local.sh"], env=environment, capture_output=True, text=True)
-    assert done.stdout == f"{own or 'glibc.malloc.hugetlb=1'}\n"
-
-
 # launch/slurm.sbatch
 
 

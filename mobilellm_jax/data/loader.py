@@ -5,6 +5,7 @@ run resumes by naming its step. Batches are made by background threads (grain), 
 """
 
 import bisect
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -117,7 +118,8 @@ def _allow_open_files(more: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
         wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        with contextlib.suppress(ValueError, OSError):  # macOS: less than its "unlimited"
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def open_split(directory: str | Path, split: str) -> RecordSource:
