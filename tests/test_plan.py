@@ -140,7 +140,6 @@ def test_a_search_in_vain_ends_with_3(tmp_path, monkeypatch, capsys, hardware, p
     starved = dataclasses.replace(plan, memory=dataclasses.replace(plan.memory, capacity=1))
     monkeypatch.setattr(topologies, "topology", lambda name: hardware)
     monkeypatch.setattr(searching, "make_plan", lambda *_: starved)
-    monkeypatch.setattr("mobilellm_jax.planning.report.draw", lambda *_: None)  # names too long
     (tmp_path / "config.py").write_text("from test_plan import run_config as get_config\n")
     arguments = ["plan", "--config", str(tmp_path / "config.py"), "--topology", "eight:8"]
     arguments += ["--sequence_length", str(T), "--search", "--output", str(tmp_path / "out")]

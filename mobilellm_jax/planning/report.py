@@ -1,6 +1,7 @@
 """A plan for the reader: on the screen and as Markdown, as JSON, as a picture."""
 
 import dataclasses
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -174,9 +175,11 @@ def draw(plans: list[tuple[str, Plan]], path: Path) -> None:
     """A bar of memory and a bar of time for every named plan, as PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 1.9 + 0.5 * len(plans)), layout="constrained")
+    # A search names its plans by their flags.
+    names = [textwrap.fill(name.replace("--config.", ""), 44) for name, _ in plans]
+    height = sum(max(0.5, 0.2 * (1 + name.count("\n"))) for name in names)
+    figure = Figure(figsize=(11, 1.9 + height), layout="constrained")
     memory, step = figure.subplots(1, 2, sharey=True)
-    names = [name for name, _ in plans]
     _bars(memory, [_memory_parts(plan) for _, plan in plans])
     for row, (_, plan) in enumerate(plans):
         capacity = plan.memory.capacity / GIB
@@ -188,7 +191,7 @@ def draw(plans: list[tuple[str, Plan]], path: Path) -> None:
     memory.invert_yaxis()
     _bars(step, [{} if plan.refused else _shares(plan) for _, plan in plans])
     step.set(xlabel="predicted ms of a step for 1,000 tokens on a chip")
-    below = (0.5, -0.6 / (0.5 * len(plans) + 0.4))
+    below = (0.5, -0.6 / (height + 0.4))
     for axes in (memory, step):
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="upper center", bbox_to_anchor=below, ncol=3, frameon=False)
