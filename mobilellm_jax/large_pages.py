@@ -1,5 +1,6 @@
 """Memory in pages of 2 MB, for training on a CPU under Linux."""
 
+import contextlib
 import os
 import sys
 
@@ -15,4 +16,5 @@ def run_with_large_pages() -> None:
     """
     if sys.platform == "linux" and _NAME not in os.environ:
         os.environ[_NAME] = _VALUE
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        with contextlib.suppress(OSError):  # an embedded interpreter cannot be started again
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
