@@ -52,6 +52,14 @@ def test_a_chat_template_is_applied_by_transformers_and_comes_back(tmp_path, tok
     assert load_hf_chat_template(tmp_path / "x") == TEMPLATE
 
 
+def test_a_tokenizer_that_puts_no_bos_in_front_is_believed(tmp_path, tokenizer_model):
+    config = tiny(vocab_size=600)
+    save_hf(tmp_path, config, random_params(config), tokenizer_model=tokenizer_model)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(file.read_text().replace('"add_bos_token": true', '"add_bos_token": false'))
+    assert load_hf_metadata(tmp_path) == {"bos": False}
+
+
 def card_of(folder) -> str:
     text = (folder / "README.md").read_text()
     assert text.startswith("---\nlibrary_name: transformers\n") and text.count("\n---\n") == 1

@@ -218,13 +218,18 @@ def load_hf_chat_template(path: str | Path) -> str | None:
 def load_hf_metadata(path: str | Path) -> dict[str, Any]:
     """What a checkpoint keeps of a model besides its weights.
 
-    That is the provenance `save_hf` was given, and the folder's "chat_template".
+    That is the provenance `save_hf` was given, the folder's "chat_template", and for folders of
+    others "bos": False if their tokenizer says that it puts none in front of a text.
     """
-    own = read_json(inside(_checked_folder(path), _CONFIG)).get(OWN_KEY, {})
+    folder = _checked_folder(path)
+    own = read_json(inside(folder, _CONFIG)).get(OWN_KEY, {})
     provenance = own.get("provenance", {}) if isinstance(own, dict) else {}
     metadata = dict(provenance) if isinstance(provenance, dict) else {}
     if (template := load_hf_chat_template(path)) is not None:
         metadata["chat_template"] = template
+    tokenizer = inside(folder, _TOKENIZER_CONFIG)
+    if tokenizer.exists() and read_json(tokenizer).get("add_bos_token") is False:
+        metadata.setdefault("bos", False)
     return metadata
 
 
