@@ -86,8 +86,6 @@ def _forward(hidden_BTD, head, targets_BT, weights_BT, slices):
         probabilities = jnp.exp(logits - normalizer[..., None])
         is_target = targets[..., None] == vocab[None, None, :]
         d_logits = ((probabilities - is_target) * weights[..., None]).astype(hidden.dtype)
-        # Written once for both products; XLA on CPU would compute it for each of them.
-        d_logits = lax.optimization_barrier(d_logits)
         d_hidden = jnp.einsum("BCV,VD->BCD", d_logits, head_VD)
         # [D, V], so that XLA on CPU has the hidden states to transpose and not the logits.
         d_head_PDV += jnp.einsum(
