@@ -10,9 +10,10 @@ import types
 from pathlib import Path
 
 import pytest
+import sentencepiece
 from prepared import DOCUMENTS, files_in, make_documents, run_prepare, stream, texts, write_lines
 
-from mobilellm_jax.data import command, sources
+from mobilellm_jax.data import command, sources, splits
 from mobilellm_jax.data.loader import open_split
 from mobilellm_jax.data.tokenizer import Tokenizer, train_tokenizer
 from mobilellm_jax.errors import UserError
@@ -109,6 +110,7 @@ def test_a_line_of_token_ids_is_one_record(tmp_path, model):
     assert [r.tokens[: r.num_valid].tolist() for r in records] == lines
     assert [r.starts.tolist() for r in records] == [[0, 4], [0]]
     assert header.splits["train"].num_tokens == 7 + 8
+    assert header.splits["train"].num_bytes == 5 + 9  # each id but BOS and EOS is of one byte
 
 
 @pytest.mark.parametrize(
@@ -212,6 +214,48 @@ def test_a_cut_at_the_end_of_a_block_begins_a_document(tmp_path, model, monkeypa
     assert source.record(0).starts.tolist() == [0]
 
 
+def test_all_blocks_of_a_document_are_held_out_or_none(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 50)
+    path = write_lines(tmp_path / "a.jsonl")
+    run_prepare([path], tmp_path / "out", tokenizer=model, valid_fraction=0.5)
+    train, valid = (texts(tmp_path / "out", split) for split in ("train", "valid"))
+    assert min(len(train), len(valid)) > 10
+    assert sorted(train + valid) == sorted(DOCUMENTS)
+
+
+def test_what_is_held_out_does_not_train_the_tokenizer(tmp_path):
+    write_lines(tmp_path / "train.jsonl", split="train")
+    write_lines(tmp_path / "valid.jsonl", ["zebra quagga okapi " * 20] * 9, split="valid")
+    both = [(tmp_path / f"{name}.jsonl").read_text() for name in ("train", "valid")]
+    (tmp_path / "both.jsonl").write_text("".join(both))
+    alone, by_file, by_line = (
+        run_prepare(
+            [tmp_path / name],
+            tmp_path / f"{name}.out{number}",
+            valid_inputs=[tmp_path / valid for valid in held_out],
+            split_field=field,
+            vocab_size=300,
+        )
+        for number, (name, held_out, field) in enumerate(
+            [
+                ("train.jsonl", [], None),
+                ("train.jsonl", ["valid.jsonl"], None),
+                ("both.jsonl", [], "split"),
+            ]
+        )
+    )
+    assert list(by_file.splits) == list(by_line.splits) == ["train", "valid"]
+    assert by_file.tokenizer_sha256 == by_line.tokenizer_sha256 == alone.tokenizer_sha256
+
+
+def test_the_sample_for_the_tokenizer_has_of_each_input_its_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(splits, "MAX_SAMPLE_BYTES", 8000)
+    for letter, count in (("a", 300), ("b", 100)):
+        write_lines(tmp_path / f"{letter}.jsonl", [letter * 100] * count)
+    sample = list(splits.training_sample(sources.find_sources([tmp_path]), "text", None))
+    assert sample == ["a" * 100] * 60 + ["b" * 100] * 20
+
+
 def test_named_files_are_held_out(tmp_path, model):
     write_lines(tmp_path / "a.jsonl", DOCUMENTS[:40])
     write_lines(tmp_path / "b.jsonl", DOCUMENTS[40:])
@@ -262,6 +306,24 @@ def test_a_tokenizer_is_given_or_trained_but_not_both(tmp_path, model):
     path = write_lines(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match="either --tokenizer FILE or --vocab_size"):
         run_prepare([path], tmp_path / "out", tokenizer=model, vocab_size=300)
+
+
+@pytest.mark.parametrize("mark", ["bos", "eos"])
+def test_a_tokenizer_without_a_mark_is_refused_where_the_mark_is_asked_for(tmp_path, mark):
+    path, without = write_lines(tmp_path / "a.jsonl"), tmp_path / "without.model"
+    with open(without, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(DOCUMENTS),
+            model_writer=file,
+            vocab_size=310,
+            model_type="bpe",
+            byte_fallback=True,
+            minloglevel=2,
+            **{f"{mark}_id": -1},
+        )
+    with pytest.raises(UserError, match=f"no {mark.upper()}; pass --no-{mark}"):
+        run_prepare([path], tmp_path / "out", tokenizer=without)
+    run_prepare([path], tmp_path / "out", tokenizer=without, **{mark: False})
 
 
 def test_an_input_that_is_listed_twice_is_refused(tmp_path, model):

@@ -58,6 +58,20 @@ def test_a_second_run_notices_a_damaged_shard(tmp_path, model):
         run_prepare([path], tmp_path / "out", tokenizer=model)
 
 
+def test_a_second_run_with_a_further_input_is_refused(tmp_path, model):
+    paths = [write_lines(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    run_prepare(paths[:1], tmp_path / "out", tokenizer=model)
+    with pytest.raises(UserError, match="already made from 1 inputs, now 2"):
+        run_prepare(paths, tmp_path / "out", tokenizer=model)
+
+
+def test_an_empty_folder_is_filled_and_let_go(tmp_path, model):
+    path = write_lines(tmp_path / "a.jsonl")
+    (tmp_path / "out").mkdir()
+    run_prepare([path], tmp_path / "out", tokenizer=model)
+    os.close(files.lock_folder(tmp_path / "out", "still held"))
+
+
 def test_a_folder_with_something_else_is_not_touched(tmp_path, model):
     path = write_lines(tmp_path / "a.jsonl")
     (tmp_path / "out").mkdir()
@@ -155,6 +169,26 @@ def test_the_tokenizer_is_on_the_disk_before_the_header(tmp_path, model, monkeyp
     run_prepare([path], tmp_path / "out", **settings)
     found = [name for name in synced if not name.endswith("array_record")]
     assert found == [".tokenizer.model.tmp", "out.partial", "dataset.json.tmp", "out.partial"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_every_shard_is_on_the_disk_whole_before_the_header(tmp_path, model, monkeypatch):
+    synced = {}
+
+    def fsync(descriptor, original=os.fsync):
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        synced.setdefault(name, os.fstat(descriptor).st_size)
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = write_lines(tmp_path / "a.jsonl")
+    header = run_prepare([path], tmp_path / "out", tokenizer=model, records_per_shard=8)
+    before = list(synced)[: list(synced).index("dataset.json.tmp")]
+    shards = header.splits["train"].shards
+    assert len(shards) > 2
+    assert {shard.file: shard.bytes for shard in shards} == {
+        name: synced[name] for name in before if name.endswith("array_record")
+    }
 
 
 def test_lost_records_are_noticed_when_a_shard_is_closed(tmp_path, model, monkeypatch):
