@@ -267,6 +267,12 @@ def test_a_missing_split_or_dataset_is_explained(tmp_path):
         train_batches([], seed=0, global_batch_size=2, sequence_length=T)
 
 
+@pytest.mark.parametrize("index", [-1, 40])
+def test_a_record_outside_of_the_split_is_an_index_error(dataset, index):
+    with pytest.raises(IndexError, match=f"record {index} of 40"):
+        open_split(dataset, "train").record(index)
+
+
 # Damage -------------------------------------------------------------------------------------------
 
 

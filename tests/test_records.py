@@ -1,13 +1,17 @@
 """The bytes of a record, packing, and a header that trusts nothing."""
 
+import errno
 import hashlib
 import json
 import random
+import struct
+import zlib
 
 import chex
 import numpy as np
 import pytest
 
+from mobilellm_jax.data import packing
 from mobilellm_jax.data.loader import open_split
 from mobilellm_jax.data.packing import SplitWriter
 from mobilellm_jax.data.records import (
@@ -95,6 +99,23 @@ def test_a_token_id_beyond_the_vocabulary_is_noticed():
         decode_record(data, sequence_length=4, vocab_size=299, seed=0)
 
 
+def test_a_token_id_that_a_signed_integer_cannot_hold_is_noticed():
+    form = {"sequence_length": 4, "vocab_size": 128256, "seed": 0}
+    data = encode_record(np.array([1, 2**31 + 5], np.uint32), [0], **form)
+    with pytest.raises(UserError, match="outside of"):
+        decode_record(data, **form)
+
+
+@pytest.mark.parametrize(("num_valid", "num_starts"), [(0, 1), (6, 1), (5, 0), (5, 2)])
+def test_counts_that_do_not_agree_with_the_length_are_refused_with_a_right_checksum(
+    num_valid, num_starts
+):
+    body = struct.pack("<II5HI", num_valid, num_starts, 1, 5, 6, 7, 2, 0)
+    data = struct.pack("<I", zlib.crc32(body)) + body
+    with pytest.raises(UserError, match="do not agree with sequence_length 4"):
+        decode_record(data, sequence_length=4, vocab_size=300, seed=0)
+
+
 def test_packing_agrees_with_an_example_written_by_hand(tmp_path):
     header = _write_dataset(tmp_path / "d", [[1, 5, 6, 2], [1, 7, 2], [1, 8, 9, 10, 2]])
     split = header.splits["train"]
@@ -134,6 +155,32 @@ def test_records_go_on_over_shards(tmp_path):
     assert [source.record(i).tokens[0] for i in range(25)] == list(range(0, 100, 4))
 
 
+def test_a_shard_holds_as_many_records_as_fit_its_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "_SHARD_BYTES", 30)  # a record has 5 tokens of 2 bytes
+    header = _write_dataset(tmp_path / "d", [list(range(33))])
+    assert [shard.num_records for shard in header.splits["train"].shards] == [3, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("problem", "code"),
+    [
+        ("No space left on device", errno.ENOSPC),
+        ("Disk quota exceeded", errno.ENOSPC),
+        ("Input/output error", errno.EIO),
+    ],
+)
+def test_a_full_disk_is_told_from_a_broken_one(tmp_path, monkeypatch, problem, code):
+    class Failing(packing.array_record_module.ArrayRecordWriter):
+        def write(self, data):
+            raise RuntimeError(problem)
+
+    monkeypatch.setattr(packing.array_record_module, "ArrayRecordWriter", Failing)
+    with pytest.raises(OSError, match=problem) as error:
+        _write_dataset(tmp_path / "d", [list(range(100))])
+    assert error.value.errno == code
+    assert error.value.filename == str(tmp_path / "d" / "train-00000.array_record")
+
+
 def test_a_header_survives_saving_and_loading(tmp_path):
     header = _write_dataset(tmp_path / "d", [list(range(100))], records_per_shard=7)
     assert DatasetHeader.load(tmp_path / "d") == header
@@ -143,6 +190,13 @@ def test_a_header_survives_saving_and_loading(tmp_path):
 def _edit(**changes):
     def edit(values):
         values.update(changes)
+
+    return edit
+
+
+def _edit_split(**changes):
+    def edit(values):
+        values["splits"]["train"].update(changes)
 
     return edit
 
@@ -169,6 +223,7 @@ def _edit_shard(**changes):
         (lambda values: values.pop("eos"), "eos"),
         (_edit_shard(file="../train-00000.array_record"), "unexpected shard names"),
         (_edit_shard(num_records=24), "not 25 records"),
+        (_edit_split(num_records=0, shards=[]), r"hold \[\], not 0 records"),
         (_edit_shard(bytes=-1), "bytes is -1"),
         (_edit_shard(bytes=5), "but dataset.json says 5"),
     ],

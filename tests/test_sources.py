@@ -45,6 +45,10 @@ _LINES = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS).encode
         ("a.jsonl.zst", lambda: _zstd(_LINES)),
         ("two_streams.jsonl.gz", lambda: gzip.compress(_LINES[:99]) + gzip.compress(_LINES[99:])),
         ("two_streams.jsonl.zst", lambda: _zstd(_LINES[:99]) + _zstd(_LINES[99:])),
+        (
+            "padded_streams.jsonl.xz",
+            lambda: b"".join(lzma.compress(part) + bytes(4) for part in (_LINES[:99], _LINES[99:])),
+        ),
         ("a.parquet", lambda: _parquet(DOCUMENTS)),
     ],
 )
@@ -75,6 +79,24 @@ def test_a_directory_stands_for_its_known_files_and_a_pattern_for_its_matches(tm
     found = [Path(source.path).name for source in sources.find_sources([tmp_path])]
     assert found == ["a.jsonl.xz", "b.txt", "c.parquet"]
     assert [s.path for s in sources.find_sources([tmp_path / "*.txt"])] == [str(tmp_path / "b.txt")]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n", encoding="utf-8-sig")
+    assert [document.text for document in sources.iter_documents([tmp_path])] == ["one\ntwo\n"]
+
+
+@pytest.mark.parametrize(
+    ("word", "split"),
+    [
+        *[(word, "train") for word in ("train", "training", "Train")],
+        *[(word, "valid") for word in ("valid", "validation", "val", "dev", "test", "DEV")],
+    ],
+)
+def test_the_usual_words_for_a_split_are_known(tmp_path, word, split):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a", "part": word}))
+    [document] = sources.iter_documents([tmp_path], split_field="part")
+    assert document.split == split
 
 
 def test_half_a_surrogate_pair_in_json_becomes_a_replacement_character(tmp_path):
@@ -113,6 +135,13 @@ def test_a_bad_input_is_named_with_its_place(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         list(sources.iter_documents([tmp_path / name]))
+
+
+def test_an_input_that_is_listed_twice_by_two_names_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
+    with pytest.raises(UserError, match="b.txt: this input is listed twice"):
+        sources.find_sources([tmp_path / "a.txt", tmp_path / "b.txt"])
 
 
 def test_truncated_zstandard_is_noticed(tmp_path):

@@ -88,6 +88,11 @@ def test_long_lines_are_not_dropped_from_the_sample(tmp_path):
     assert len(tokenizer.encode("zebra quagga")) <= 6
 
 
+def test_long_lines_of_wide_characters_are_not_dropped_from_the_sample(tmp_path):
+    tokenizer = train_tokenizer(["😀🐈 " * 2000], 264, tmp_path / "t.model")
+    assert len(tokenizer.encode("😀🐈")) <= 3  # their bytes would be 8
+
+
 @pytest.mark.parametrize(
     ("documents", "vocab_size", "message"),
     [
