@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import jax
+import numpy as np
 import pytest
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.training.checkpoints import (
-    Checkpoints,
-)
+from mobilellm_jax.training import checkpoints as training
+from mobilellm_jax.training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS_PATH = ROOT / "benchmarks" / "checkpoint_faults.py"
@@ -171,6 +172,16 @@ def test_a_save_that_fails_in_the_background_fails_the_next_one(tmp_path):
     assert _steps(tmp_path) == [1, 3]
 
 
+def test_a_step_that_was_not_saved_can_be_saved_again(tmp_path):
+    with Checkpoints(tmp_path, keep_last=5) as checkpoints:
+        failure = mock.patch.object(training, "write_manifest", side_effect=OSError(28, "full"))
+        with failure, pytest.raises(UserError, match="step 2 was not saved.*full"):
+            checkpoints.save(2, **faults.state(2))
+            checkpoints.wait()
+        checkpoints.save(2, **faults.state(2))
+    assert _restore(tmp_path).step == 2
+
+
 def test_a_full_disk_loses_no_older_step():
     # In a process of its own: Orbax's threads complain after the failure is over.
     done = _run_faults("--kills=0", "--full_disks=5")
@@ -223,6 +234,20 @@ def test_kill_minus_9_fifty_times_loses_nothing():
 
 
 # Two processes.
+
+
+@pytest.mark.parametrize("number", [0, -1, -2, 7, (1 << 30) - 1, 1 << 30, (1 << 61) - 1])
+def test_a_number_of_the_first_process_reaches_all_whole(number):
+    def send(halves):
+        assert halves.dtype == np.int32
+        return halves
+
+    with (
+        mock.patch.object(jax, "process_count", return_value=2),
+        mock.patch.object(training.multihost_utils, "broadcast_one_to_all", side_effect=send),
+    ):
+        assert training._from_first_process(lambda: number) == number
+
 
 TWO_PROCESSES = """
 import sys

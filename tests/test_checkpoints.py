@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import random
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -178,6 +179,14 @@ def test_an_old_step_goes_only_after_the_new_one_has_its_manifest(tmp_path):
     assert not (tmp_path / "checkpoints_damaged").exists()
 
 
+def test_a_folder_whose_name_only_looks_like_a_step_is_left_alone(tmp_path):
+    _save(tmp_path, 1)
+    for name in ("007", "8 ", "\u0669"):  # the last one is a nine in Arabic
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert _restore(tmp_path).step == 1
+    assert not (tmp_path / "checkpoints_damaged").exists()
+
+
 def test_saving_the_restored_step_again_does_nothing(tmp_path):
     _save(tmp_path, 5)
     before = (tmp_path / "checkpoints" / "5" / "manifest.json").stat().st_mtime_ns
@@ -242,6 +251,21 @@ def test_arrays_of_another_shape_dtype_or_name_are_refused(tmp_path, item, chang
         )
 
 
+def test_of_many_differences_five_are_listed_and_the_others_counted(tmp_path):
+    _save(tmp_path, 1)
+    like = faults.state(0)
+    more = {f"z{number}": jnp.zeros(1) for number in range(8)}
+    with (
+        Checkpoints(tmp_path, keep_last=1) as checkpoints,
+        pytest.raises(UserError, match=r"z4 is nothing there, float32\[1\] here; and 3 more;"),
+    ):
+        checkpoints.restore(
+            config=faults.CONFIG,
+            params_like=like["params"] | more,
+            opt_state_like=like["opt_state"],
+        )
+
+
 # Parameters only, and reading without a run.
 
 
@@ -253,6 +277,19 @@ def test_loading_takes_a_workdir_its_checkpoints_or_one_step(tmp_path, params, m
         saved = load_checkpoint(path)
         assert (saved.config, saved.tokenizer_model) == (CONFIG, b"tokenizer")
         chex.assert_trees_all_equal(saved.params, params, strict=True)
+
+
+def test_documents_begin_with_bos_unless_the_metadata_says_otherwise(tmp_path, params):
+    for name, metadata, bos in (("a", None, True), ("b", {"bos": False}, False)):
+        save_params(tmp_path / name, CONFIG, params, metadata=metadata)
+        assert load_checkpoint(tmp_path / name).bos is bos
+
+
+def test_the_folder_of_a_step_that_has_lost_its_params_is_called_damaged(tmp_path, params):
+    save_params(tmp_path, CONFIG, params)
+    shutil.rmtree(tmp_path / "checkpoints" / "0" / "params")
+    with pytest.raises(UserError, match="0 is damaged: params/.*: missing"):
+        load_checkpoint(tmp_path / "checkpoints" / "0")
 
 
 def test_imported_params_restore_without_optimizer_state(tmp_path, params):

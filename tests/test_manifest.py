@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,42 @@ def _rewrite(folder, change):
     content = json.loads(path.read_bytes())
     change(content)
     path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """What is forced to disk, in order: path, and bytes at that moment."""
+    forced = []
+
+    def fsync(descriptor, original=os.fsync):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        forced.append((path, os.fstat(descriptor).st_size))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return forced
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+
+
+@needs_proc
+def test_all_files_and_folders_are_on_the_disk_before_the_manifest(folder, synced):
+    write_manifest(folder, STEP)
+    paths = [path for path, _ in synced]
+    before = set(paths[: paths.index(folder / f".{MANIFEST_NAME}.tmp")])
+    listed = {folder / name for name in json.loads((folder / MANIFEST_NAME).read_bytes())["files"]}
+    assert len(listed) == 4
+    assert before >= listed | {path.parent for path in listed}
+
+
+@needs_proc
+def test_a_file_is_on_the_disk_whole_before_its_name_is(tmp_path, synced):
+    write_file(tmp_path / "file", b"content")
+    (temporary, size), (parent, _) = synced
+    assert (temporary.parent, size) == (tmp_path, 7) and temporary.name != "file"
+    assert parent == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_untouched_folder_is_valid_under_any_name(folder):
@@ -166,6 +203,14 @@ def test_sizes_only_skips_hashing_but_not_measuring(folder):
     assert find_damage(folder, STEP, sizes_only="opt_state") == []
     (folder / "opt_state" / "data").write_bytes(b"moment")
     assert find_damage(folder, STEP, sizes_only="opt_state")
+
+
+def test_sizes_only_hashes_what_only_begins_like_the_name(folder):
+    (folder / "opt_states").write_bytes(b"abc")
+    write_manifest(folder, STEP)
+    (folder / "opt_states").write_bytes(b"ABC")
+    (damage,) = find_damage(folder, STEP, sizes_only="opt_state")
+    assert damage.startswith("opt_states: sha256")
 
 
 def test_a_file_that_cannot_be_written_whole_keeps_its_old_content(tmp_path, monkeypatch):
