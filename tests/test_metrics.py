@@ -3,12 +3,14 @@
 import json
 import logging
 import math
+import os
 import struct
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from mobilellm_jax.training import hardware, metrics
@@ -79,6 +81,30 @@ def test_throughput_leaves_out_the_compilation_and_the_pauses(tmp_path, clock):
     assert third["throughput/step_seconds"] == pytest.approx(4.0, rel=REL)
 
 
+def test_throughput_leaves_out_what_an_evaluation_draws(tmp_path, clock, monkeypatch):
+    def draw(workdir):
+        clock.now += 30
+
+    monkeypatch.setattr(metrics, "plot_loss", draw)
+    log = open_log(tmp_path)
+    log.log_train(1, {"train/loss": 9.0})
+    log.log_eval(1, {"eval/loss": 9.0})
+    clock.now += 20
+    log.log_train(11, {"train/loss": 8.0})
+    log.close()
+    assert read_metrics(tmp_path)[-1]["throughput/step_seconds"] == pytest.approx(2.0, rel=REL)
+
+
+def test_a_step_that_is_logged_twice_has_no_throughput(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(metrics, "plot_loss", lambda workdir: None)
+    log = open_log(tmp_path)
+    for _ in range(2):
+        clock.now += 1
+        log.log_train(5, {"train/loss": 9.0})
+    log.close()
+    assert all("throughput/mfu" not in record for record in read_metrics(tmp_path))
+
+
 def test_a_clock_started_by_hand_measures_the_first_interval(tmp_path, clock):
     log = open_log(tmp_path, resume_step=50)
     log.start_clock(50)
@@ -126,6 +152,23 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint_and_a_torn_line(tmp_
     assert [json.loads(line)["step"] for line in lines] == [10, 20, 30]
     assert json.loads(lines[-1])["train/loss"] == 2.0
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_shortened_record_is_on_the_disk_whole_before_it_replaces_the_old(
+    tmp_path, clock, monkeypatch
+):
+    lines = "".join(f'{{"step": {step}, "progress/tokens": 1}}\n' for step in (1, 2, 3))
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    synced = []
+
+    def fsync(descriptor, original=os.fsync):
+        old = (tmp_path / "metrics.jsonl").stat().st_size
+        synced.append((os.fstat(descriptor).st_size, old))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    open_log(tmp_path, resume_step=2).close()
+    assert synced[0] == (len(lines) // 3 * 2, len(lines))  # TensorBoard's own follow
 
 
 def test_a_whole_last_line_without_its_newline_is_kept_apart_from_the_next(tmp_path, clock):
@@ -194,6 +237,14 @@ def test_rates_are_humanised(value, text):
 )
 def test_durations_are_humanised(seconds, text):
     assert metrics._clock(seconds) == text
+
+
+def test_smoothing_is_the_mean_of_what_there_is():
+    values = np.arange(80.0)  # a window of 5
+    smooth = metrics._smooth(values)
+    np.testing.assert_allclose(smooth[2:-2], values[2:-2], rtol=REL)
+    np.testing.assert_allclose(smooth[[0, 1, -2, -1]], [1, 1.5, 77.5, 78], rtol=REL)
+    np.testing.assert_array_equal(metrics._smooth(values[:39]), values[:39])
 
 
 def test_a_process_that_is_not_the_first_writes_and_prints_nothing(tmp_path, clock, capsys):
