@@ -41,7 +41,7 @@ ALL_KINDS = {
     **{f"{order}-x{repeats}-{kv}": tiny(order, repeats, kv) for order, repeats, kv in SHARING},
     "mha": tiny(num_kv_heads=4),
     "mqa-shared": tiny("immediate", 2, num_kv_heads=1),
-    "untied": tiny(tie_embeddings=False),
+    "untied": tiny(tie_embeddings=False, rope_theta=500.0, norm_eps=1e-2),
     "relu": tiny("repeat_all", 2, ffn="relu"),
 }
 

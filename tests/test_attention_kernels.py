@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 from model_cases import random_params, tiny
@@ -27,6 +28,7 @@ from mobilellm_jax.training.sharding import MESH_AXES, on_mesh
 
 # Largest difference to float64, as a share of the largest value.
 RTOL = {"float32": 2e-6, "bfloat16": 1e-2}
+LARGE_SCORES_RTOL = 2e-5  # fp32; a saved normaliser of order 100 has lost two digits
 SAME_MATHS_ATOL = 2e-5  # two orders of the same fp32 operations, through a whole model
 B, H = 2, 64
 
@@ -120,8 +122,10 @@ def arrays(dtype, T, num_heads, num_kv_heads, segmented):
 
 
 def check(attend, dtype, T, num_heads, num_kv_heads, segmented):
-    q, k, v, segments, d_out = arrays(dtype, T, num_heads, num_kv_heads, segmented)
+    compare(attend, *arrays(dtype, T, num_heads, num_kv_heads, segmented), RTOL[dtype])
 
+
+def compare(attend, q, k, v, segments, d_out, rtol):
     @jax.jit
     def run(q, k, v, segments, d_out):
         out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, segments), q, k, v)
@@ -129,8 +133,8 @@ def check(attend, dtype, T, num_heads, num_kv_heads, segmented):
 
     results = run(q, k, v, segments, d_out)
     for result, expected in zip(results, exact(q, k, v, segments, d_out), strict=True):
-        assert result.dtype == dtype
-        atol = RTOL[dtype] * np.abs(expected).max()
+        assert result.dtype == q.dtype
+        atol = rtol * np.abs(expected).max()
         np.testing.assert_allclose(np.asarray(result, np.float64), expected, rtol=0, atol=atol)
 
 
@@ -208,14 +212,50 @@ def test_cudnn_equals_float64(gpu, num_heads, num_kv_heads, segmented):
     check(attend, "bfloat16", 190, num_heads, num_kv_heads, segmented)
 
 
+@pytest.mark.parametrize("segmented", [True, False])
+def test_what_cudnn_is_asked_for_equals_float64(segmented, monkeypatch):
+    """Its layout, scale and mask: the same call with the products left to XLA."""
+    ask = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda *qkv, implementation, **options: ask(*qkv, implementation="xla", **options),
+    )
+    check(attention_kernels.cudnn_attention, "float32", 128, 6, 2, segmented)
+
+
+def test_the_forward_pass_of_cudnn_is_kept_under_the_name_that_jax_gives_it():
+    kept = attention_kernels.attention_saveable
+    assert kept(fused_attention_stablehlo._dot_product_attention_fwd_p_wrapper)
+    assert not kept(jax.lax.dot_general_p)
+
+
+def xla_attention(q, k, v, segments):
+    return causal_attention(q, KeyValue(k, v), segment_ids_BT=segments, kind="xla")
+
+
 @cases
 def test_xla_equals_float64(dtype, T, num_heads, num_kv_heads, segmented):
     """The fallback, to the same claim."""
 
-    def attend(q, k, v, segments):
-        return causal_attention(q, KeyValue(k, v), segment_ids_BT=segments, kind="xla")
+    check(xla_attention, dtype, T, num_heads, num_kv_heads, segmented)
 
-    check(attend, dtype, T, num_heads, num_kv_heads, segmented)
+
+def test_xla_equals_float64_at_a_length_that_no_block_divides():
+    check(xla_attention, "float32", 300, 2, 1, True)
+
+
+def test_xla_equals_float64_where_exp_of_a_score_overflows():
+    """Whole numbers, so that large scores have no rounding."""
+    rng = np.random.default_rng(0)
+    q, k = (
+        jnp.asarray(rng.integers(-3, 4, shape), jnp.float32)
+        for shape in ((B, 128, 2, H), (B, 1, 128, H))
+    )
+    _, _, v, segments, d_out = arrays("float32", 128, 2, 1, True)
+    scores = np.einsum("btnh,bsh->bnts", q, k[:, 0])
+    assert scores.max() > 89  # the largest x with a finite exp(x) in fp32 is 88.7
+    compare(xla_attention, q * H**0.5, k, v, segments, d_out, LARGE_SCORES_RTOL)
 
 
 # Splash: forward, gradient of queries, gradient of keys and values.

@@ -130,6 +130,7 @@ def test_first_visit_needs_one_cache_slot_per_block():
         ({"num_layers": 0}, "num_layers = 0: use a positive"),
         ({"vocab_size": -5}, "vocab_size = -5"),
         ({"norm_eps": float("nan")}, "norm_eps = nan"),
+        ({"rope_theta": float("inf")}, "rope_theta = inf"),
         ({"head_dim": 7}, "head_dim = 7 is odd"),
         ({"num_layers": 2.5}, "num_layers = 2.5 is of type float"),
         ({"num_layers": True}, "num_layers = True is of type bool"),
@@ -139,6 +140,11 @@ def test_first_visit_needs_one_cache_slot_per_block():
 def test_bad_values_are_refused_with_field_value_and_mend(changes, message):
     with pytest.raises(UserError, match=message):
         tiny(**changes)
+
+
+def test_a_whole_number_is_taken_for_a_real_one():
+    theta = tiny(rope_theta=500_000).rope_theta
+    assert theta == 500_000 and type(theta) is float
 
 
 @pytest.mark.parametrize("config", ALL_KINDS.values(), ids=ALL_KINDS)

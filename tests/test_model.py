@@ -9,10 +9,14 @@ import reference
 from model_cases import ALL_KINDS, random_params, tiny
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.attention import apply_rope, rope_tables
+from mobilellm_jax.model.layers import RMSNorm
 from mobilellm_jax.model.transformer import Execution, MobileLLM, init_params
 
 LOGITS_ATOL = 2e-5  # fp32 against float64, logits of order 1 to 10
 SAME_MATHS_ATOL = 1e-5  # two orders of the same fp32 operations
+BFLOAT16_RTOL = 2**-8 * 1.001  # one rounding, of a result in fp32
+ROPE_ATOL = 1e-4  # fp32 angles up to 300
 
 TOKENS = np.random.default_rng(0).integers(0, 53, (2, 11))
 kinds = pytest.mark.parametrize("config", ALL_KINDS.values(), ids=ALL_KINDS)
@@ -114,14 +118,21 @@ def test_shared_weights_exist_once():
 
 
 def test_blocks_differ_after_initialisation_and_have_the_stated_spread():
-    config = tiny(num_layers=4, embed_dim=64, ffn_dim=256, init_std=0.02)
-    up = np.asarray(init_params(config, jax.random.key(0))["blocks"]["ffn"]["up"])
+    config = tiny(num_layers=4, embed_dim=64, ffn_dim=256, init_std=0.02, tie_embeddings=False)
+    params = init_params(config, jax.random.key(0))
+    up = np.asarray(params["blocks"]["ffn"]["up"])
     assert all(not np.array_equal(up[0], up[i]) for i in range(1, 4))
     np.testing.assert_allclose(up.std(axis=(1, 2)), 0.02, rtol=0.05)
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if path[-1].key == "scale":
+            np.testing.assert_array_equal(leaf, 1)
+        else:
+            np.testing.assert_allclose(np.std(leaf), 0.02, rtol=0.05, err_msg=str(path))
 
 
-def test_bfloat16_computes_in_bfloat16_and_returns_fp32_logits():
-    config = tiny()
+@pytest.mark.parametrize("tied", [True, False])
+def test_bfloat16_computes_in_bfloat16_and_returns_fp32_logits(tied):
+    config = tiny(tie_embeddings=tied)
     params = random_params(config)
     hidden = MobileLLM(config, Execution(dtype="bfloat16")).apply(
         {"params": params}, TOKENS, method="hidden_states"
@@ -131,6 +142,29 @@ def test_bfloat16_computes_in_bfloat16_and_returns_fp32_logits():
     assert logits.dtype == jnp.float32
     exact = MobileLLM(config).apply({"params": params}, TOKENS)
     assert 0 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_norms_of_bfloat16_are_computed_in_fp32():
+    """One rounding, at the end."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 50, 64)) * 3, jnp.bfloat16)
+    scale = rng.uniform(0.5, 1.5, 64).astype(np.float32)
+    normed = RMSNorm(1e-5).apply({"params": {"scale": scale}}, x)
+    assert normed.dtype == jnp.bfloat16
+    exact = np.asarray(x, np.float64)
+    exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5) * scale
+    np.testing.assert_allclose(np.asarray(normed, np.float64), exact, rtol=BFLOAT16_RTOL)
+
+
+def test_positions_of_bfloat16_are_turned_in_fp32():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, 300, 2, 8)), jnp.bfloat16)
+    turned = apply_rope(x, rope_tables(jnp.arange(300)[None], 8, 1e4))
+    assert turned.dtype == jnp.bfloat16
+    exact = reference._rotate(np.asarray(x, np.float64)[0], 1e4)
+    np.testing.assert_allclose(
+        np.asarray(turned, np.float64)[0], exact, rtol=BFLOAT16_RTOL, atol=ROPE_ATOL
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,3 +193,20 @@ def test_dots_keeps_the_results_of_the_weight_products():
         return str(jax.make_jaxpr(jax.grad(loss))(random_params(config))).count("dot_general")
 
     assert products("none") <= products("dots") < products("full") - 3
+    # Scores, and values weighted by them: once in a block of queries.
+    assert products("attention") == products("full") - 2
+
+
+def test_recomputation_is_kept_apart_where_no_loop_does_it():
+    """XLA would merge it with what it repeats, and keep the memory that it is to save."""
+    config, tokens = tiny(num_layers=2), np.zeros((1, 4), np.int32)
+
+    def barriers(**execution):
+        def loss(params):
+            return MobileLLM(config, Execution(**execution)).apply({"params": params}, tokens).sum()
+
+        program = jax.jit(jax.grad(loss)).lower(random_params(config)).as_text()
+        return program.count("optimization_barrier")
+
+    assert barriers(remat="full", unroll_layers=True) >= config.num_layers
+    assert barriers(remat="none", unroll_layers=True) == barriers(remat="full") == 0
