@@ -76,6 +76,22 @@ def test_bfloat16_inputs_are_accumulated_in_fp32():
     np.testing.assert_allclose(value, 4096 * np.log(4), rtol=1e-4)
 
 
+def test_bfloat16_inputs_have_fp32_logits():
+    hidden, head = HIDDEN.astype(jnp.bfloat16), HEAD.astype(jnp.bfloat16)
+    value = cross_entropy_sum(hidden, head.astype(jnp.float32), TARGETS, WEIGHTS, 3)
+    np.testing.assert_allclose(value, plain_loss(hidden, head), rtol=RTOL)
+
+
+def test_bfloat16_inputs_have_an_fp32_gradient_of_the_head():
+    """Of equal logits, whose softmax has no rounding; the sum has more digits than bfloat16."""
+    hidden = jnp.asarray(RNG.normal(size=(2, 512, 8)) + 1, jnp.bfloat16)
+    targets, weights = jnp.asarray(RNG.integers(0, 4, (2, 512))), jnp.ones((2, 512))
+    gradient = jax.grad(cross_entropy_sum, 1)(hidden, jnp.zeros((4, 8)), targets, weights, 2)
+    d_logits = 1 / 4 - np.eye(4)[targets]
+    expected = np.einsum("btd,btv->vd", np.asarray(hidden, np.float64), d_logits)
+    np.testing.assert_allclose(gradient, expected, rtol=RTOL, atol=RTOL * np.abs(expected).max())
+
+
 def test_logits_of_all_tokens_never_exist():
     """At a size where they would not fit the budget, no array of B x T x V is in the program."""
     batch, length, vocab = 8, 2048, 32_000

@@ -142,6 +142,18 @@ def test_both_open_axes_leave_whole_tiles_of_the_model(devices):
     assert shape_on(7, "125m") == (7, 1, 1)
 
 
+def test_axes_divide_all_that_they_split():
+    """MODEL is 24 wide and has 4 heads, 2 kv heads, an ffn of 40 and a vocabulary of 56."""
+    shapes = sharding.mesh_shapes(16, MODEL)
+    assert sorted(shapes) == [
+        *[(1, 8, 2), (2, 4, 2), (2, 8, 1), (4, 2, 2)],
+        *[(4, 4, 1), (8, 1, 2), (8, 2, 1), (16, 1, 1)],
+    ]
+    for odd in ({"vocab_size": 55}, {"ffn_dim": 41}, {"num_kv_heads": 1}):
+        shapes = sharding.mesh_shapes(2, dataclasses.replace(MODEL, **odd))
+        assert sorted(shapes) == [(1, 2, 1), (2, 1, 1)]
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
