@@ -41,11 +41,30 @@ def test_wsd_is_constant_between_warmup_and_decay():
     np.testing.assert_allclose([rate(100), rate(200)], 1e-3, rtol=RTOL)
 
 
+def test_wsd_decays_after_a_warmup_that_reaches_into_the_decay():
+    rate = learning_rate_schedule(settings(schedule="wsd", decay_fraction=0.8), 20)
+    np.testing.assert_allclose([rate(5), rate(10)], [5e-3, 1e-2], rtol=RTOL)
+    np.testing.assert_allclose([rate(15), rate(20)], [(1e-2 + 1e-3) / 2, 1e-3], rtol=RTOL)
+
+
 def test_bad_schedules_are_refused():
     with pytest.raises(UserError, match="schedule = 'linear': use 'cosine' or 'wsd'"):
         learning_rate_schedule(settings(schedule="linear"), 100)
     with pytest.raises(UserError, match="warmup_steps = 10 leaves nothing of .*num_steps = 10"):
         learning_rate_schedule(settings(), 10)
+
+
+def test_only_a_gradient_above_the_norm_is_scaled():
+    """By the first update, -rate * g / (|g| + epsilon), in which a large epsilon shows the size."""
+    config = settings(clip_norm=1.0, epsilon=1.0, weight_decay=0.0)
+    config.warmup_steps = 0
+    optimizer = make_optimizer(config, 100)
+    params = {"up": jnp.zeros(2)}
+    for grad, clipped in (([0.3, -0.4], [0.3, -0.4]), ([3.0, -4.0], [0.6, -0.8])):
+        grads = {"up": jnp.array(grad)}
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        expected = [-1e-2 * g / (abs(g) + 1) for g in clipped]
+        np.testing.assert_allclose(updates["up"], expected, rtol=RTOL)
 
 
 def test_updates_equal_adamw_written_out():
