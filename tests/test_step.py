@@ -147,6 +147,23 @@ def test_bfloat16_sums_the_gradient_of_a_frequent_token_in_fp32():
     assert error < 0.03 * np.abs(exact).max()
 
 
+def test_tables_and_norms_stay_fp32_in_bfloat16():
+    """The gradients of embedding and head are sums over all tokens."""
+    weights = cast_for_compute(random_params(tiny(tie_embeddings=False)), "bfloat16")
+    dtypes = {
+        "/".join(key.key for key in path): str(weight.dtype)
+        for path, weight in jax.tree.leaves_with_path(weights)
+    }
+    assert sorted(name for name, dtype in dtypes.items() if dtype == "float32") == [
+        "blocks/attention_norm/scale",
+        "blocks/ffn_norm/scale",
+        "embedding",
+        "final_norm/scale",
+        "head",
+    ]
+    assert len(dtypes) == 12 and set(dtypes.values()) == {"float32", "bfloat16"}
+
+
 def test_all_finite_sees_a_single_bad_weight():
     params = jax.tree.map(np.array, make_state().params)
     assert all_finite(params)
