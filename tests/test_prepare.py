@@ -183,6 +183,17 @@ def test_a_fraction_holds_out_documents_by_content(tmp_path, model):
     assert streams[0] == streams[1]
 
 
+def test_the_blocks_of_a_long_document_all_go_to_one_split(tmp_path, model, monkeypatch):
+    """Else a part of a text that is trained on would be in the validation data."""
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 100)
+    longs = ["\n".join(make_documents(20, seed)) for seed in range(12)]
+    path = write_lines(tmp_path / "a.jsonl", longs)
+    assert len(list(sources.iter_documents([path]))) > 100
+    run_prepare([path], tmp_path / "out", tokenizer=model, valid_fraction=0.5)
+    train, valid = (texts(tmp_path / "out", split) for split in ("train", "valid"))
+    assert train and valid and sorted(train + valid) == sorted(longs)
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.bz2"])
 def test_a_fraction_of_a_single_text_is_its_end(tmp_path, model, name):
     text = "\n".join(make_documents(200))
