@@ -23,6 +23,7 @@ from mobilellm_jax.training.metrics import read_metrics
 from mobilellm_jax.training.peers import Peers
 from mobilellm_jax.training.program import TrainProgram
 from mobilellm_jax.training.run_config import load_config
+from mobilellm_jax.training.stopping import Diverged, finite_metrics
 from mobilellm_jax.training.trainer import _Run, train
 
 ROOT = Path(__file__).parents[1]
@@ -287,6 +288,16 @@ def test_compiled_programs_outlive_a_run_and_damaged_ones_cost_time_only(home):
     again = train("compiles_again")
     assert again.returncode == 0 and "Error reading persistent compilation cache" in again.stderr
     assert weights_hash(home / "compiles_again") == weights_hash(home / "whole")
+
+
+@pytest.mark.parametrize("bad_step", [3, 4, 5])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_number_of_any_pending_step_is_found(bad_step, bad):
+    pending = {step: {"loss": np.float32(step), "grad_norm": np.float32(1)} for step in (3, 4, 5)}
+    assert finite_metrics(pending) == {"loss": 5.0, "grad_norm": 1.0}
+    pending[bad_step]["grad_norm"] = np.float32(bad)
+    with pytest.raises(Diverged, match=f"step {bad_step}: grad_norm = {bad}; "):
+        finite_metrics(pending)
 
 
 def one_step(home):
