@@ -129,6 +129,31 @@ def test_a_tie_is_no_mistake_and_a_wrong_choice_is_one():
     assert (wrong.argmax, wrong.wrong) == (0.0, 2)
 
 
+def test_a_tie_is_within_twice_the_tolerance_of_a_logit():
+    """Each of the two logits may be off by the tolerance, by no more."""
+    expected = np.array([[1.0, 1.0 - 1.9e-4], [1.0, 1.0 - 2.1e-4]])
+    swapped = compare_logits(expected, expected[:, ::-1], 1e-4)
+    assert (swapped.argmax, swapped.wrong) == (0.0, 1)
+
+
+class SecondChoice(RuntimeInJax):
+    """Its greedy continuation begins with the second likeliest token; its logits are right."""
+
+    def greedy(self, tokens, num_tokens):
+        _, second = np.argsort(-self.logits(tokens)[-1])[:2]
+        return [int(second), *super().greedy([*tokens, int(second)], num_tokens - 1)]
+
+
+def test_a_greedy_token_is_a_tie_within_twice_the_tolerance(tokenizer):
+    runtime = SecondChoice(tokenizer)
+    prompt = tokenizer.encode(TEXT, bos=True)[: CONFIG.max_seq_len // 2]
+    second, first = np.sort(runtime.logits(prompt)[-1])[-2:]
+    for tolerance, is_tie in ((0.6 * (first - second), True), (0.4 * (first - second), False)):
+        result = run(runtime, tokenizer, Tolerance(mean_kl=1e-5, logits=float(tolerance)))
+        assert (result.greedy_equal, result.greedy_is_tie) == (0, is_tie)
+        assert result.problems == ([] if is_tie else ["greedy tokens differ from number 1 on"])
+
+
 def test_kl_is_that_of_the_two_distributions():
     p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.5, 0.25]])
     expected = 0.5 * np.log(2) + 0.25 * np.log(0.5)
