@@ -70,9 +70,14 @@ def test_the_paper_s_budget_decides_what_fits():
     }
 
 
-def test_memory_grows_with_the_context_by_the_cache():
-    short, long = (estimate(PRESETS["125m_ls"], "gguf", "q8_0", n) for n in (1, 1001))
-    assert long.memory - short.memory == 1000 * 46_080
+@pytest.mark.parametrize(
+    ("name", "dtype", "bytes_per_value"),
+    [("gguf", "q8_0", 2), ("pte", "float32", 4), ("litertlm", "int8", 4)],
+)
+def test_memory_grows_with_the_context_by_the_cache(name, dtype, bytes_per_value):
+    short, long = (estimate(PRESETS["125m_ls"], name, dtype, n) for n in (1, 1001))
+    values = 30 * 2 * 2 * 3 * 64  # blocks, visits, keys and values, heads, width
+    assert long.memory - short.memory == 1000 * values * bytes_per_value
     assert long.file == short.file
 
 
