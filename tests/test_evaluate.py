@@ -86,9 +86,9 @@ def test_a_dataset_of_another_tokenizer_is_refused(dataset, model, tmp_path):
 
 def test_official_protocol_written_out(model, tmp_path):
     path = tmp_path / "wiki.raw"
-    path.write_text(" \n = Title = \n \n the cat and dog \n" + " sat on a mat \n" * 30)
+    path.write_text(" \n = Titlé = \n \n the cat and dog \n" + " sat on a mat \n" * 30)
     text = official_text(path)
-    assert text.startswith("\n\n = Title = \n\n\n\n\n the cat and dog \n\n\n sat on a mat \n\n\n")
+    assert text.startswith("\n\n = Titlé = \n\n\n\n\n the cat and dog \n\n\n sat on a mat \n\n\n")
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
     chunks = np.array(ids[: len(ids) // 20 * 20]).reshape(-1, 20)
     assert len(ids) % 20, "a partial chunk must be dropped for the test to mean something"
@@ -96,6 +96,9 @@ def test_official_protocol_written_out(model, tmp_path):
     result = official_perplexity(model, text, execution=Execution(), chunk=20)
     np.testing.assert_allclose(result.loss, expected, rtol=RTOL)
     assert result.num_tokens == len(chunks) * 19
+    bytes_per_token = len(text.encode()) / len(ids)
+    bits = expected / math.log(2) / bytes_per_token
+    np.testing.assert_allclose(result.bits_per_byte, bits, rtol=RTOL)
 
 
 @pytest.mark.skipif(not WIKITEXT.exists(), reason="the shared WikiText-2 is not here")
