@@ -74,6 +74,22 @@ def test_time_is_the_published_rates_and_the_named_shares(plan):
     assert rate == pytest.approx(16 * T / step.slowest)
 
 
+def test_each_part_of_the_time_is_that_of_a_count_by_hand(plan):
+    """For 24 tokens on a chip of 1e11 FLOP/s and 1e11 bytes/s, in fp32 with remat "dots"."""
+    blocks, vocabulary = 3 * (24 * 32 * 2 + 2 * 24 * 16 + 3 * 24 * 40), 56 * 24
+    again = 1 + 0.1 / 3  # a tenth of the forward pass, itself a third of the whole
+    assert plan.step.matmul == pytest.approx(24 * 6 * blocks * again / (0.75 * 1e11))
+    scores = 6 * 3 * 32 * T  # half of those of all pairs
+    assert plan.step.attention == pytest.approx(24 * scores * again / (0.1 * 1e11))
+    moved = 3 * again * 3 * 4 * (8 * 24 + 4 * 40)
+    stacked = 4 * 3 * 4 * (5 * 24 + 2 * 40)
+    assert plan.step.elementwise == pytest.approx(24 * (moved + stacked) / 1e11)
+    logits = 24 * (6 * vocabulary / (0.75 * 1e11) + 16 * 56 / 1e11)
+    assert plan.step.vocabulary == pytest.approx(logits)
+    weights = blocks + vocabulary + 3 * 2 * 24 + 24
+    assert plan.step.optimizer == pytest.approx(28 * weights / 4 / 1e11)
+
+
 def test_a_chip_with_too_little_memory_does_not_fit(plan):
     small = dataclasses.replace(plan.memory, capacity=plan.memory.total - 1)
     starved = dataclasses.replace(plan, memory=small)
@@ -114,6 +130,23 @@ def test_search_leaves_out_what_cannot_fit(hardware):
     assert {c.changes["execution"]["remat"] for c in found} != {"dots"}
     none = dataclasses.replace(hardware, chip=dataclasses.replace(CHIP, memory_bytes=10))
     assert list(searching.search(run_config(), none, T)) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "gather", "whole"), [(8, 1, "step", 17_064), (1, 8, "layer", 56 * 24)]
+)
+def test_search_counts_memory_as_worked_out_by_hand(hardware, data, fsdp, gather, whole):
+    """At its least: 12 tokens at a time, of which only the input of each block is kept in bf16."""
+    kept = 12 * 3 * 2 * 24
+    needed = 0.8 * (16 * 17_064 / fsdp + 4 * whole + kept)
+
+    def is_tried(memory):
+        chip = dataclasses.replace(CHIP, memory_bytes=memory)
+        tried = searching.candidates(run_config(), dataclasses.replace(hardware, chip=chip), T)
+        mesh = {"data": data, "fsdp": fsdp, "tensor": 1, "gather": gather}
+        return mesh in [candidate.changes["mesh"] for candidate in tried]
+
+    assert is_tried(int(needed) + 1) and not is_tried(int(needed))
 
 
 def test_the_command_prints_and_writes_the_plan(tmp_path, monkeypatch, capsys, hardware):
