@@ -53,6 +53,29 @@ def test_files_are_as_large_as_counted(name, dtype, tmp_path, capsys):
     assert counted * (1 - FILE_TOLERANCE) < size < counted * (1 + FILE_TOLERANCE) + uncounted
 
 
+# Weights of CONFIG: its stored blocks with the final norm, and one table of its vocabulary.
+BLOCKS = 3 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 768 + 2 * 256) + 256
+TABLE = 1024 * 256
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tied", "file", "weights"),
+    [
+        ("pte", "float32", True, 4 * (BLOCKS + 2 * TABLE), 4 * (BLOCKS + TABLE)),
+        ("pte", "float32", False, 4 * (BLOCKS + 2 * TABLE), 4 * (BLOCKS + TABLE)),
+        ("gguf", "float16", False, *[2 * (2 * BLOCKS + 2 * TABLE)] * 2),
+        ("gguf", "q4_0", True, *[(18 * 2 * BLOCKS + 34 * TABLE) / 32] * 2),
+        ("gguf", "q4_0", False, *[(18 * 2 * BLOCKS + (18 + 34) * TABLE) / 32] * 2),
+        ("litertlm", "int8", True, *[BLOCKS + TABLE] * 2),
+        ("litertlm", "float32", False, *[4 * (BLOCKS + 2 * TABLE)] * 2),
+    ],
+)
+def test_file_and_memory_are_those_counted_by_hand(name, dtype, tied, file, weights):
+    cost = estimate(dataclasses.replace(CONFIG, tie_embeddings=tied), name, dtype, 16)
+    cache = 16 * (3 * 2 * 2 * 2 * 64) * (2 if name == "gguf" else 4)
+    assert (cost.file, cost.memory) == (file, weights + cache)
+
+
 def test_the_paper_s_budget_decides_what_fits():
     assert DRAM_BUDGET == 600e6
     fits = {
@@ -84,11 +107,10 @@ def test_memory_grows_with_the_context_by_the_cache(name, dtype, bytes_per_value
 def test_a_shared_block_costs_once_or_per_visit():
     once = dataclasses.replace(CONFIG, sharing="none", num_repeats=1)
     assert estimate(CONFIG, "pte", "float32", 16).file == estimate(once, "pte", "float32", 16).file
-    blocks = 3 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 768 + 2 * 256) + 256
     shared, single = (estimate(c, "gguf", "float16", 16).file for c in (CONFIG, once))
-    assert shared - single == 2 * blocks
-    total = 4 * (blocks + 1024 * 256)
-    assert f"{(total + 4 * blocks) / 1e6:,.1f} MB of {total / 1e6:,.1f} MB" in expansion(CONFIG)
+    assert shared - single == 2 * BLOCKS
+    total = 4 * (BLOCKS + TABLE)
+    assert f"{(total + 4 * BLOCKS) / 1e6:,.1f} MB of {total / 1e6:,.1f} MB" in expansion(CONFIG)
 
 
 def test_the_table_has_every_preset(capsys):
