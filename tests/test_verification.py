@@ -12,7 +12,12 @@ from model_cases import random_params, tiny
 
 from mobilellm_jax.conversion.formats import Tolerance
 from mobilellm_jax.conversion.report import verification_table
-from mobilellm_jax.conversion.verification import compare_logits, verify
+from mobilellm_jax.conversion.verification import (
+    _prompt_lengths,
+    _window,
+    compare_logits,
+    verify,
+)
 from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference.generate import generate_tokens
@@ -78,6 +83,19 @@ def test_the_same_model_passes_at_every_prompt_length(tokenizer):
     assert result.greedy_equal == result.greedy_tokens > 8
     assert result.lines_equal == result.lines == 8
     assert result.greedy_text.startswith("The quick")
+
+
+def test_what_is_read_is_the_text_behind_bos(tokenizer):
+    ids = tokenizer.encode(TEXT)
+    behind_bos = _window(CONFIG, tokenizer, True, TEXT, "a text", 12)
+    assert behind_bos == [tokenizer.bos_id, *ids[:11]]
+    assert _window(CONFIG, tokenizer, False, TEXT, "a text", 12) == ids[:12]
+
+
+def test_long_contexts_are_tried_around_powers_of_two_and_to_their_end():
+    around = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65]
+    assert _prompt_lengths(100) == [*around, 99]
+    assert _prompt_lengths(64) == list(range(1, 64))
 
 
 def test_other_weights_are_found_by_every_figure(tokenizer):
@@ -148,8 +166,10 @@ def test_a_greedy_token_is_a_tie_within_twice_the_tolerance(tokenizer):
     runtime = SecondChoice(tokenizer)
     prompt = tokenizer.encode(TEXT, bos=True)[: CONFIG.max_seq_len // 2]
     second, first = np.sort(runtime.logits(prompt)[-1])[-2:]
-    for tolerance, is_tie in ((0.6 * (first - second), True), (0.4 * (first - second), False)):
-        result = run(runtime, tokenizer, Tolerance(mean_kl=1e-5, logits=float(tolerance)))
+    gap = float(first - second)
+    # Without a tolerance the measured difference counts, here none.
+    for tolerance, is_tie in ((0.6 * gap, True), (0.4 * gap, False), (None, False)):
+        result = run(runtime, tokenizer, Tolerance(mean_kl=1e-5, logits=tolerance))
         assert (result.greedy_equal, result.greedy_is_tie) == (0, is_tie)
         assert result.problems == ([] if is_tie else ["greedy tokens differ from number 1 on"])
 
@@ -184,12 +204,15 @@ def test_a_format_that_rounds_is_held_to_kl_only(tokenizer):
     assert run(RuntimeInJax(tokenizer, random_params(CONFIG, 1)), tokenizer, loose).problems == []
 
 
-def test_a_text_that_is_too_short_is_refused(tokenizer):
-    with pytest.raises(UserError, match="a text: has .* name a longer --text"):
+def test_a_text_shorter_than_the_context_of_both_is_refused(tokenizer):
+    runtime = RuntimeInJax(tokenizer)
+    runtime.context_length = 12
+    message = "a text: has .* wants the context of 12; name a longer --text"
+    with pytest.raises(UserError, match=message):
         verify(
             CONFIG,
             random_params(CONFIG),
-            RuntimeInJax(tokenizer),
+            runtime,
             TOLERANCE,
             tokenizer=tokenizer,
             bos=True,
