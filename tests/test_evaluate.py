@@ -1,5 +1,7 @@
 """Perplexity: the official protocol and prepared splits, against plain computations."""
 
+import dataclasses
+import itertools
 import lzma
 import math
 from pathlib import Path
@@ -10,6 +12,7 @@ import reference
 from model_cases import random_params, tiny
 from prepared import DOCUMENTS, run_prepare, stream, write_lines
 
+from mobilellm_jax.data.loader import open_split
 from mobilellm_jax.data.records import DatasetHeader
 from mobilellm_jax.data.tokenizer import Tokenizer, train_tokenizer
 from mobilellm_jax.errors import UserError
@@ -73,6 +76,27 @@ def test_batch_size_does_not_change_the_result(dataset, model):
     ]
     assert {result.num_tokens for result in results} == {72}
     np.testing.assert_allclose([r.loss for r in results], results[0].loss, rtol=RTOL)
+    # A part of the split has its share of the bytes of all.
+    whole = DatasetHeader.load(dataset).splits["valid"]
+    bits = results[0].loss / math.log(2) * whole.num_tokens / whole.num_bytes
+    np.testing.assert_allclose([r.bits_per_byte for r in results], bits, rtol=RTOL)
+
+
+def test_documents_are_masked_as_the_model_was_trained(dataset, model):
+    """Each piece of a document as if it stood alone: only distances between tokens count."""
+    source, losses, num_pieces = open_split(dataset, "valid"), [], 0
+    for record in map(source.record, range(4)):
+        for start, end in itertools.pairwise(sorted({0, *record.starts.tolist(), 24})):
+            tokens = record.tokens[start : end + 1]
+            losses += losses_of(model.config, model.params, [tokens])[0].tolist()
+            num_pieces += 1
+    assert num_pieces > 4
+    masked = dataclasses.replace(model, mask_documents=True)
+    result = dataset_perplexity(
+        masked, dataset, "valid", batch_size=4, max_records=4, execution=Execution()
+    )
+    assert len(losses) == result.num_tokens == 4 * 24
+    np.testing.assert_allclose(result.loss, np.mean(losses), rtol=RTOL)
 
 
 def test_a_dataset_of_another_tokenizer_is_refused(dataset, model, tmp_path):
