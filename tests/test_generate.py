@@ -9,6 +9,7 @@ from prepared import DOCUMENTS
 
 from mobilellm_jax.data.tokenizer import train_tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.inference import generate as generation
 from mobilellm_jax.inference.generate import generate, generate_tokens
 from mobilellm_jax.inference.sampling import Sampling, sample
 from mobilellm_jax.model.decoding import decode_weights
@@ -52,6 +53,14 @@ def test_seed_decides_the_text():
     first = tokens_of(PROMPTS, sampling=sampling, seed=1)
     np.testing.assert_array_equal(first, tokens_of(PROMPTS, sampling=sampling, seed=1))
     assert not np.array_equal(first, tokens_of(PROMPTS, sampling=sampling, seed=2))
+
+
+def test_every_token_is_drawn_anew():
+    """All tokens are equally likely without weights: one draw for all would repeat itself."""
+    nothing = jax.tree.map(np.zeros_like, PARAMS)
+    settings = {"max_tokens": 6, "sampling": Sampling(temperature=1.0)}
+    drawn = np.stack(list(generate_tokens(CONFIG, nothing, PROMPTS, **settings)), axis=1)
+    assert min(len(set(row)) for row in drawn.tolist()) >= 4
 
 
 def test_a_row_stops_at_eos_and_the_others_go_on():
@@ -143,6 +152,7 @@ def frequencies(sampling, draws=20_000):
         (Sampling(temperature=1.0), [0.4, 0.3, 0.2, 0.06, 0.04]),
         (Sampling(temperature=0.5), np.array([0.16, 0.09, 0.04, 0.0036, 0.0016]) / 0.2952),
         (Sampling(temperature=1.0, top_k=2), [4 / 7, 3 / 7, 0, 0, 0]),
+        (Sampling(temperature=1.0, top_k=9), [0.4, 0.3, 0.2, 0.06, 0.04]),
         # 0.4 + 0.3 < 0.75: the third token is needed to reach it, the fourth is not.
         (Sampling(temperature=1.0, top_p=0.75), [4 / 9, 3 / 9, 2 / 9, 0, 0]),
         (Sampling(temperature=1.0, top_p=0.01), [1, 0, 0, 0, 0]),
@@ -155,8 +165,55 @@ def test_samples_follow_the_distribution(sampling, expected):
     assert (frequencies(sampling)[np.asarray(expected) == 0] == 0).all()
 
 
-def test_streamed_pieces_make_up_the_text(tmp_path):
-    tokenizer = train_tokenizer(DOCUMENTS, 300, tmp_path / "tokenizer.model")
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_tokenizer(DOCUMENTS, 300, tmp_path_factory.mktemp("t") / "tokenizer.model")
+
+
+def text_of(tokenizer, chosen, monkeypatch, **options):
+    """Pieces, text and what `generate_tokens` was asked for, if that chose these tokens."""
+    pieces, asked = [], {}
+
+    def generate_tokens(config, params, ids, **settings):
+        asked.update(settings, ids=ids)
+        return (np.array([token]) for token in chosen)
+
+    monkeypatch.setattr(generation, "generate_tokens", generate_tokens)
+    (text,) = generate(
+        tiny(vocab_size=tokenizer.vocab_size + 8),
+        {},
+        tokenizer,
+        ["the"],
+        max_tokens=len(chosen),
+        sampling=GREEDY,
+        on_text=lambda _, piece: pieces.append(piece),
+        **options,
+    )
+    return pieces, text, asked
+
+
+def test_half_a_character_is_held_back_until_it_is_whole_or_the_end(tokenizer, monkeypatch):
+    day = tokenizer.encode("日")[-3:]  # three bytes
+    without_piece = tokenizer.vocab_size + 1
+    pieces, text, _ = text_of(tokenizer, [*day, without_piece, day[0]], monkeypatch)
+    assert (pieces, text) == (["日", "\ufffd"], "日\ufffd")
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_prompts_begin_as_documents_did_and_rows_end_at_eos(tokenizer, monkeypatch, bos):
+    (cat,) = tokenizer.encode("cat")
+    pieces, text, asked = text_of(tokenizer, [cat, tokenizer.eos_id], monkeypatch, bos=bos)
+    assert (pieces, text) == ([" cat"], " cat")
+    assert asked["ids"] == [[tokenizer.bos_id] * bos + tokenizer.encode("the")]
+    assert asked["stop_ids"] == {tokenizer.eos_id}
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer):
+    with pytest.raises(UserError, match="has 300 pieces, the model knows 53"):
+        generate(CONFIG, PARAMS, tokenizer, ["the"], max_tokens=1, sampling=GREEDY)
+
+
+def test_streamed_pieces_make_up_the_text(tokenizer):
     config = tiny(vocab_size=tokenizer.vocab_size)
     params = random_params(config)
     pieces = ["", ""]
