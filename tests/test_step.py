@@ -62,14 +62,22 @@ def run_steps(config=CONFIG, execution=Execution(), steps=3, **options):
     return state, np.array(losses), metrics
 
 
-def test_loss_is_the_mean_over_weighted_tokens_of_the_model():
+def test_metrics_are_those_of_the_mean_over_weighted_tokens_of_the_model():
     state, batch = make_state(), make_batch()
-    logits = MobileLLM(CONFIG).apply({"params": state.params}, batch["inputs"])
-    log_probs = np.asarray(jax.nn.log_softmax(logits))
-    of_target = np.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0]
-    expected = -(of_target * batch["loss_weights"]).sum() / batch["loss_weights"].sum()
+
+    def mean(params):
+        logits = MobileLLM(CONFIG).apply({"params": params}, batch["inputs"])
+        log_probs = jax.nn.log_softmax(logits)
+        of_target = jnp.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0]
+        return -(of_target * batch["loss_weights"]).sum() / batch["loss_weights"].sum()
+
+    expected, grads = jax.jit(jax.value_and_grad(mean))(state.params)
+    norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(grads)))
     _, losses, metrics = run_steps(steps=1)
     np.testing.assert_allclose(losses[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+    # The rate that this update was made with: the warm-up begins at 0.
+    assert metrics["learning_rate"] == 0
     assert set(metrics) == {"loss", "grad_norm", "learning_rate"}
 
 
@@ -115,6 +123,20 @@ def test_documents_are_masked_only_when_asked():
     )[..., 0]
     np.testing.assert_allclose(masked, -(of_target * batch["loss_weights"]).sum(), rtol=1e-5)
     assert abs(open_loss - masked) > 1e-3
+
+
+def test_training_masks_documents_and_survives_a_batch_without_targets():
+    config, (optimizer, schedule) = tiny(num_layers=1, vocab_size=56), optimizer_and_schedule()
+    state, batch = make_state(config), make_batch(config)
+    total, weight = make_eval_step(config, Execution(), mask_documents=True)(state.params, batch)
+    for parts in (1, 2):
+        options = {"mask_documents": True, "accumulation_steps": parts}
+        step = jax.jit(make_train_step(config, Execution(), optimizer, schedule, **options))
+        _, metrics = step(state, batch)
+        np.testing.assert_allclose(metrics["loss"], total / weight, rtol=1e-5)
+        nothing = batch | {"loss_weights": np.zeros((B, T), np.float32)}
+        after, metrics = step(state, nothing)
+        assert metrics["loss"] == 0 and all_finite(after.params)
 
 
 def test_bfloat16_keeps_fp32_master_weights_and_moments():
