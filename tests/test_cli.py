@@ -5,11 +5,16 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
 from prepared import make_documents
 
+from mobilellm_jax import loading
 from mobilellm_jax.cli import VERBS, main
+from mobilellm_jax.evaluation import perplexity
+from mobilellm_jax.inference import generate as generation
+from mobilellm_jax.inference.sampling import Sampling
 
 
 def run(capsys, *arguments):
@@ -43,6 +48,9 @@ def test_help_of_the_whole_shows_the_way_from_text_to_model(capsys):
     assert [verb for verb in VERBS if f"mobilellm {verb}" in text] == list(VERBS)
 
 
+NOWHERE = ("--checkpoint", "nowhere")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -51,7 +59,12 @@ def test_help_of_the_whole_shows_the_way_from_text_to_model(capsys):
         (["generate", "--checkpoint", "nowhere", "--prompt", "a"], "nowhere: no such folder"),
         (["generate", "--checkpoint", "nowhere"], "no prompt"),
         (["generate", "--checkpoint", ".", "--prompt", "a", "--max_token", "3"], "--max_token"),
+        (["generate", *NOWHERE, "--prompt", "a", "--seed", "4294967296"], "use 0 to 4294967295"),
+        (["generate", *NOWHERE, "--prompt", "a", "--max_tokens", "0"], "use 1 or more"),
         (["evaluate", "--checkpoint", "nowhere", "--data", "x"], "nowhere: no such folder"),
+        (["evaluate", *NOWHERE, "--data", "x", "--batch_size", "0"], "--batch_size 0: use 1"),
+        (["evaluate", *NOWHERE, "--data", "x", "--protocol", "official"], "--protocol has no"),
+        (["evaluate", *NOWHERE, "--text", "x", "--split", "train"], "--split has no meaning"),
         (["evaluate", "--checkpoint", "nowhere"], "--data"),
         (["train", "--config", "nowhere.py", "--workdir", "w"], "nowhere.py: no such file"),
         (["train", "--config", "a.py", "--workdir", "w", "--conifg.a=1"], "--conifg.a=1"),
@@ -144,6 +157,32 @@ def test_from_text_to_folder_and_back(capsys, tmp_path, monkeypatch):
         for path in ("run", "folder", "imported")
     ]
     assert len(set(greedy)) == 1
+
+
+def test_the_flags_of_evaluate_and_generate_arrive(capsys, monkeypatch):
+    model = types.SimpleNamespace(config=1, params=2, tokenizer=3, bos=False)
+    monkeypatch.setattr(loading, "load_text_model", lambda *_: model)
+    asked = []
+
+    def measure(*arguments, execution, **settings):
+        asked.append((*arguments, settings))
+        return perplexity.Perplexity(1.0, 2, 3.0)
+
+    def write(*arguments, on_text, **settings):
+        asked.append((*arguments, settings))
+        return ["b"]
+
+    monkeypatch.setattr(perplexity, "dataset_perplexity", measure)
+    monkeypatch.setattr(generation, "generate", write)
+    flags = "--checkpoint run --data d --split train --batch_size 3 --max_records 5"
+    assert run(capsys, "evaluate", *flags.split())[0] == 0
+    flags = "--checkpoint run --prompt a --max_tokens 4 --temperature 2 --top_k 6 --top_p 0.5"
+    assert run(capsys, "generate", *flags.split(), "--seed", "7")[0] == 0
+    sampling = Sampling(temperature=2.0, top_k=6, top_p=0.5)
+    assert asked == [
+        (model, "d", "train", {"batch_size": 3, "max_records": 5}),
+        (1, 2, 3, ["a"], {"max_tokens": 4, "sampling": sampling, "seed": 7, "bos": False}),
+    ]
 
 
 def test_a_prompt_longer_than_the_context_is_refused(capsys, tmp_path, monkeypatch):
