@@ -13,9 +13,10 @@ from test_tokenizer_json import train
 
 from mobilellm_jax.cli import main
 from mobilellm_jax.conversion import command
-from mobilellm_jax.conversion.formats import FORMATS
+from mobilellm_jax.conversion.formats import FORMATS, kept_metadata
 from mobilellm_jax.conversion.huggingface.folder import save_hf
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.training.checkpoint_files import load_checkpoint
 from mobilellm_jax.training.checkpoints import save_params
 
 CONFIG = ModelConfig(
@@ -129,6 +130,25 @@ def test_bos_stands_in_front_of_prompts_as_it_did_in_training(
     arguments = ("--to", name, "--checkpoint", run, "--output", output, "--no-verify")
     assert convert(capsys, *arguments)[0] == 0
     assert puts_bos_in_front(name, output) == bos
+
+
+def test_the_context_that_was_asked_for_is_that_of_the_file(workdir, tmp_path, capsys):
+    needs_runtime("gguf")
+    import gguf
+
+    for name in ("hf", "gguf"):
+        arguments = ("--to", name, "--checkpoint", workdir, "--output", tmp_path / name)
+        assert convert(capsys, *arguments, "--context_length", "20", "--no-verify")[0] == 0
+    values = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert values["max_position_embeddings"] == 20
+    fields = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").fields
+    assert fields["llama.context_length"].contents() == 20
+
+
+def test_what_is_known_of_the_training_goes_along(workdir):
+    known = {"step": 3, "bos": False, "mask_documents": True, "chat_template": "{{ x }}"}
+    model = dataclasses.replace(load_checkpoint(workdir), metadata=known | {"run": {}})
+    assert kept_metadata(model) == known
 
 
 UNIGRAM = {"model_type": "unigram", "vocab_size": 500}
