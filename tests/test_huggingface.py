@@ -194,6 +194,15 @@ def test_round_trip_is_bitwise(variant, tmp_path):
     assert load_hf_tokenizer(tmp_path / "model") is None
 
 
+def test_the_arrays_of_a_file_begin_at_a_multiple_of_8_bytes(tmp_path):
+    """Whoever maps a file reads the arrays where they lie."""
+    for num_layers in range(1, 9):  # headers of many lengths
+        config = dataclasses.replace(TINY, num_layers=num_layers)
+        save_hf(tmp_path / "model", config, make_params(config))
+        with open(tmp_path / "model" / "model.safetensors", "rb") as file:
+            assert int.from_bytes(file.read(8), "little") % 8 == 0
+
+
 def test_half_precision_files_keep_the_rounded_values(tmp_path):
     params = make_params(TINY)
     for dtype in ("bfloat16", "float16"):
@@ -291,6 +300,23 @@ def test_an_export_without_its_checksums_is_not_replaced(tmp_path):
     with pytest.raises(UserError, match="not an earlier export"):
         save_hf(folder, TINY, make_params(TINY, 1))
     chex.assert_trees_all_equal(load_hf(folder)[1], make_params(TINY, 0))
+
+
+def test_an_earlier_export_stays_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    folder, rename = tmp_path / "model", os.rename
+    save_hf(folder, TINY, make_params(TINY, 0))
+
+    def fail_for_the_new_one(source, target):
+        if Path(source).name == "new":
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail_for_the_new_one)
+        with pytest.raises(UserError, match="cannot be written"):
+            save_hf(folder, TINY, make_params(TINY, 1))
+    chex.assert_trees_all_equal(load_hf(folder)[1], make_params(TINY, 0))
+    assert os.listdir(tmp_path) == ["model"]
 
 
 def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path):

@@ -89,6 +89,17 @@ def test_head_dim_and_kv_heads_have_the_defaults_of_llama(tmp_path):
     assert load_hf(tmp_path / "model")[0] == config
 
 
+def test_what_a_config_leaves_out_is_what_transformers_takes_for_it(tmp_path):
+    changes = {"max_seq_len": 64, "rope_theta": 5e5, "norm_eps": 1e-3, "init_std": 0.1}
+    config = dataclasses.replace(TINY, **changes)
+    save_hf(tmp_path / "model", config, make_params(config))
+    keys = ["max_position_embeddings", "rope_theta", "rope_parameters", "rms_norm_eps"]
+    keys += ["initializer_range", "mobilellm"]
+    edit_config(tmp_path / "model", **dict.fromkeys(keys))
+    defaults = {"max_seq_len": 2048, "rope_theta": 1e4, "norm_eps": 1e-6, "init_std": 0.02}
+    assert load_hf(tmp_path / "model")[0] == dataclasses.replace(TINY, **defaults)
+
+
 def test_derived_buffers_and_an_equal_head_are_tolerated(saved):
     def edit(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
@@ -137,6 +148,8 @@ def test_sharded_weights_are_read(saved):
         ({"sliding_window": 512}, "sliding_window = 512"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
         ({"use_qk_norm": True}, "use_qk_norm"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.*linear"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "llama3"),
@@ -211,6 +224,14 @@ def test_an_index_that_is_wrong_about_a_tensor_is_refused(saved):
     moved = {"part-0.safetensors": "part-1.safetensors", "part-1.safetensors": "part-0.safetensors"}
     write_index(saved, index | {"model.norm.weight": moved[index["model.norm.weight"]]})
     with pytest.raises(UserError, match=r"model\.norm\.weight"):
+        load_hf(saved)
+
+
+def test_an_index_beside_weights_that_it_does_not_name_is_refused(saved):
+    content = (saved / "model.safetensors").read_bytes()
+    shard(saved)
+    (saved / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="does not name it; remove the one that is out of date"):
         load_hf(saved)
 
 
@@ -311,6 +332,19 @@ def test_damage_anywhere_is_noticed_by_the_checksums(tmp_path, tokenizer_model):
         refused += loads_or_refuses(folder, config, params) or damaged == content
         path.write_bytes(content)
     assert refused >= NUM_CHECKED_MUTATIONS * 0.98  # an empty list of checksums checks nothing
+
+
+def test_a_file_that_is_missing_or_has_two_checksums_is_noticed(tmp_path):
+    save_hf(tmp_path / "model", TINY, make_params(TINY))
+    sums = tmp_path / "model" / "SHA256SUMS"
+    lines = sums.read_text()
+    sums.write_text("0" * 64 + "  config.json\n" + lines)
+    with pytest.raises(UserError, match="SHA256SUMS: is damaged in the line .*config.json"):
+        load_hf(tmp_path / "model")
+    sums.write_text(lines)
+    (tmp_path / "model" / "generation_config.json").unlink()
+    with pytest.raises(UserError, match="generation_config.json: is missing"):
+        load_hf(tmp_path / "model")
 
 
 def test_without_checksums_damaged_headers_never_give_another_model(saved):

@@ -1,5 +1,7 @@
 """What stands beside the weights in a Hugging Face folder: files, chat template, model card."""
 
+import json
+
 import pytest
 from hf_folders import train_small_tokenizer
 from model_cases import random_params, tiny
@@ -58,6 +60,12 @@ def test_a_tokenizer_that_puts_no_bos_in_front_is_believed(tmp_path, tokenizer_m
     file = tmp_path / "tokenizer_config.json"
     file.write_text(file.read_text().replace('"add_bos_token": true', '"add_bos_token": false'))
     assert load_hf_metadata(tmp_path) == {"bos": False}
+    # But not against the record of the training.
+    config_file = tmp_path / "config.json"
+    values = json.loads(config_file.read_text())
+    values["mobilellm"]["provenance"] = {"bos": True}
+    config_file.write_text(json.dumps(values))
+    assert load_hf_metadata(tmp_path) == {"bos": True}
 
 
 def card_of(folder) -> str:
