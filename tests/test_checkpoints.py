@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import abstract_params
-from mobilellm_jax.training.checkpoint_files import load_checkpoint
+from mobilellm_jax.training.checkpoint_files import SavedModel, list_steps, load_checkpoint
 from mobilellm_jax.training.checkpoints import Checkpoints, save_params
 from mobilellm_jax.training.manifest import write_manifest
 
@@ -301,6 +301,19 @@ def test_imported_params_restore_without_optimizer_state(tmp_path, params):
     assert (restored.step, restored.opt_state, restored.tokenizer_model) == (0, None, None)
     chex.assert_trees_all_equal(restored.params, params, strict=True)
     assert load_checkpoint(tmp_path).tokenizer_model is None
+
+
+def test_documents_began_with_bos_unless_it_is_said_that_they_did_not():
+    for metadata, bos in (({}, True), ({"bos": True}, True), ({"bos": False}, False)):
+        assert SavedModel(CONFIG, None, metadata, None).bos is bos
+
+
+def test_only_folders_named_by_a_number_are_steps(tmp_path):
+    for name in ("5", "12", "05", "7.tmp", "-1", "best"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "8").write_text("a file")
+    assert sorted(list_steps(tmp_path)) == [5, 12]
+    assert list_steps(tmp_path / "nowhere") == []
 
 
 def test_importing_never_adds_to_a_run(tmp_path, params):
