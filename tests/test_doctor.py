@@ -8,8 +8,10 @@ import pytest
 from prepared import make_documents, run_prepare, write_lines
 
 from mobilellm_jax import cli
+from mobilellm_jax.data.records import DatasetHeader
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.training.checkpoints import save_params
+from mobilellm_jax.training.doctor import Examination, Finding
 from mobilellm_jax.training.run_config import default_config, load_config, model_config
 
 CONFIG = """
@@ -81,6 +83,18 @@ def test_what_is_wrong_is_named_with_its_mend(doctor, override, check, message):
     assert status == 2
     assert [name for name, (level, _) in found.items() if level == "FAIL"] == [check]
     assert re.search(message, found[check][1])
+
+
+def test_checkpoints_to_come_and_repeated_text_are_counted(doctor, home, monkeypatch):
+    """The newest is whole before the oldest goes; what is kept for good adds up."""
+    monkeypatch.setattr(Examination, "memory", lambda _: Finding("ok", "not asked"))  # compiles
+    tokens = DatasetHeader.load(home / "data").splits["train"].num_tokens
+    for steps, level in ((int(3.9 * tokens / 256), "ok"), (int(4.2 * tokens / 256), "warn")):
+        overrides = [f"--config.train.num_steps={steps}", "--config.checkpoint.keep_every=10"]
+        _, found = doctor(*overrides)
+        assert found["data"][0] == level
+        assert f"the run takes {256 * steps / tokens:.2f} epochs" in found["data"][1]
+        assert found["disk"][1].startswith(f"{2 + 1 + steps // 10} checkpoints of ")
 
 
 def test_too_little_memory_is_a_fail_before_it_happens(doctor, monkeypatch):
