@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
 import pytest
 
 from mobilellm_jax.errors import UserError
@@ -39,6 +40,7 @@ def parse(*arguments):
         (["--num_processes", "2", "--coordinator", "node0", "--process_id", "0"], "use HOST:PORT"),
         (["--num_processes", "2", "--coordinator", ":29500", "--process_id", "0"], "use HOST:PORT"),
         (["--num_processes", "2", "--coordinator", "a:70000", "--process_id", "0"], "HOST:PORT"),
+        (["--num_processes", "2", "--coordinator", "a:0", "--process_id", "0"], "HOST:PORT"),
         (["--arrival_seconds", "0"], "--arrival_seconds 0: use 1 to"),
         (["--stall_seconds", "nan"], "--stall_seconds nan: use 1 to"),
     ],
@@ -235,6 +237,24 @@ def test_all_end_with_2_for_a_mistake_and_the_others_with_75_for_the_rest(
         thread.join()
     assert ended == expected
     assert "process 0 of 2: ends with the others" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        ("UNAVAILABLE: connection reset by peer", True),
+        ("RESOURCE_EXHAUSTED: out of memory for a collective", False),
+        ("INTERNAL: a bug", False),
+    ],
+)
+def test_only_a_lost_contact_ends_the_process_from_inside_the_steps(text, ends, monkeypatch):
+    here, _ = make_peers(2)
+    failed = []
+    monkeypatch.setattr(here, "_fail", failed.append)
+    error = jax.errors.JaxRuntimeError(text)
+    with pytest.raises(jax.errors.JaxRuntimeError), here.contact():
+        raise error
+    assert failed == [error] * ends
 
 
 def test_alone_nothing_is_compared_watched_or_awaited():

@@ -47,6 +47,7 @@ def test_overrides_change_values_and_keep_their_types():
         ("--config.model.num_kv_heads=5", r"num_kv_heads = 5 does not divide .* \[1, 3, 9\]"),
         ("--config.model.sharing=twice", "sharing = 'twice': use one of"),
         ("--config.train.accumulation_steps=3", "accumulation_steps = 3 does not divide"),
+        ("--config.mesh.gather=never", "mesh.gather = 'never': use 'step' or 'layer'"),
         ("--config.checkpoint.keep_last=0", "keep_last = 0: use at least 1"),
         ("--config.foo", "write --config.KEY=VALUE"),
     ],
