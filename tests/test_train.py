@@ -16,14 +16,16 @@ import pytest
 from prepared import make_documents, run_prepare, write_lines
 
 from mobilellm_jax import load
+from mobilellm_jax.data.records import DatasetHeader
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.training import checkpoints
+from mobilellm_jax.training import checkpoints, trainer
 from mobilellm_jax.training.checkpoint_files import load_checkpoint
+from mobilellm_jax.training.inputs import Inputs
 from mobilellm_jax.training.metrics import read_metrics
 from mobilellm_jax.training.peers import Peers
 from mobilellm_jax.training.program import TrainProgram
-from mobilellm_jax.training.run_config import load_config
-from mobilellm_jax.training.stopping import Diverged, finite_metrics
+from mobilellm_jax.training.run_config import default_config, load_config
+from mobilellm_jax.training.stopping import Diverged, finite_metrics, memory_errors
 from mobilellm_jax.training.trainer import _Run, train
 
 ROOT = Path(__file__).parents[1]
@@ -298,6 +300,54 @@ def test_a_bad_number_of_any_pending_step_is_found(bad_step, bad):
     pending[bad_step]["grad_norm"] = np.float32(bad)
     with pytest.raises(Diverged, match=f"step {bad_step}: grad_norm = {bad}; "):
         finite_metrics(pending)
+
+
+def test_the_last_step_is_logged_evaluated_and_saved_whatever_the_intervals():
+    run = object.__new__(_Run)
+    run.config = default_config()
+    run.config.train.num_steps = 1010
+    run.config.log.every_steps = run.config.eval.every_steps = 300
+    assert run.due(1010, False) == {"log", "eval", "save"}
+    assert run.due(1009, False) == set() and run.due(1009, True) == {"save"}
+    assert run.due(900, False) == {"log", "eval"} and run.due(1000, False) == {"save"}
+    run.config.eval.every_steps = 0
+    assert run.due(1010, False) == {"log", "save"}
+
+
+def test_other_errors_than_those_of_memory_pass_unchanged():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory_errors("a mend"):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+
+def test_a_checkpoint_says_how_documents_were_read(home, monkeypatch):
+    run_prepare([home / "text.jsonl"], home / "no-bos", vocab_size=300, bos=False)
+    for folder, bos, mask in (("data", True, True), ("no-bos", False, False)):
+        overrides = [f"--config.data.path={home / folder}", f"--config.data.mask_documents={mask}"]
+        run = _Run(load_config(str(home / "config.py"), overrides), home / "unused", Peers())
+        metadata = run.metadata(5)
+        assert (metadata["bos"], metadata["mask_documents"]) == (bos, mask)
+        assert metadata["position"] == 40 and metadata["run"]["data"]["mask_documents"] == mask
+    monkeypatch.setattr(trainer, "MetricsLog", lambda workdir, **settings: settings)
+    settings = run.metrics_log(home / "unused", 0)
+    records = DatasetHeader.load(home / "no-bos").splits["train"].num_records
+    assert settings["tokens_per_step"] == 8 * 32 and settings["tokens_per_epoch"] == records * 32
+    assert settings["peak_flops_total"] == run.peak.value * jax.device_count()
+
+
+def test_a_run_does_not_go_on_with_other_data_or_shares(home):
+    run_prepare([home / "text.jsonl"], home / "all", tokenizer=home / "data" / "tokenizer.model")
+
+    def inputs(path):
+        return Inputs(load_config(str(home / "config.py"), [f"--config.data.path={path}"]))
+
+    metadata = {"sample_order": inputs(home / "data").sample_order()}
+    inputs(home / "data").check_continues(home, metadata, None)
+    with pytest.raises(UserError, match="order of samples would change: data was"):
+        inputs(home / "all").check_continues(home, metadata, None)
+    mixture = f"{home / 'data'}={{}},{home / 'all'}={{}}"
+    metadata = {"sample_order": inputs(mixture.format(0.5, 0.5)).sample_order()}
+    with pytest.raises(UserError, match=r"weights was \[0.5, 0.5\], is \[0.4, 0.6\]"):
+        inputs(mixture.format(0.4, 0.6)).check_continues(home, metadata, None)
 
 
 def one_step(home):
