@@ -270,14 +270,14 @@ def test_alone_nothing_is_compared_watched_or_awaited():
 
 
 def test_the_first_signal_asks_and_the_second_acts_as_usual(capfd):
-    before = signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with stop_signals() as stop:
         assert not stop.requested
         signal.raise_signal(signal.SIGINT)
         assert stop.requested and "SIGINT: saving" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 JOIN = """

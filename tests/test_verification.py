@@ -175,8 +175,8 @@ def test_a_greedy_token_is_a_tie_within_twice_the_tolerance(tokenizer):
 
 
 def test_kl_is_that_of_the_two_distributions():
-    p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.5, 0.25]])
-    expected = 0.5 * np.log(2) + 0.25 * np.log(0.5)
+    p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.125, 0.125, 0.75]])
+    expected = 0.5 * np.log(4) + 0.25 * np.log(2) + 0.25 * np.log(1 / 3)  # not that of q from p
     shifted = compare_logits(np.log(p) + 3.0, np.log(q) - 1.0)
     np.testing.assert_allclose(shifted.mean_kl, expected, rtol=1e-12)
 
