@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -29,12 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from mobilellm_jax.checkpoints.store import Checkpoints
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.training.checkpoints import Checkpoints
-from mobilellm_jax.training.manifest import UNLISTED_NAMES, find_damage
+from mobilellm_jax.storage.manifest import UNLISTED_NAMES, find_damage
 
 CONFIG = ModelConfig(num_layers=1, num_heads=1, num_kv_heads=1, embed_dim=8, head_dim=8)
+TOKENIZER = SimpleNamespace(files={"tokenizer.model": b"tokenizer" * 50}, sha256="5f" * 32)
 READY_SECONDS = 60.0
 
 
@@ -45,7 +47,7 @@ def state(step: int, size: int = 1000) -> dict:
         "params": {"a": base, "b": {"c": base.reshape(10, -1) * 2}},
         "opt_state": (base / 3, {"count": jnp.int32(step)}),
         "metadata": {"model": CONFIG.to_dict()},
-        "tokenizer_model": b"tokenizer" * 50,
+        "tokenizer": TOKENIZER,
     }
 
 
@@ -62,7 +64,7 @@ def restore(checkpoints: Checkpoints, size: int = 1000, step: int | None = None)
             assert jax.tree.structure(tree) == jax.tree.structure(expected[name])
             pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(expected[name]), strict=True)
             assert all(np.array_equal(left, right) for left, right in pairs), name
-        assert restored.tokenizer_model == expected["tokenizer_model"]
+        assert restored.metadata["tokenizer_sha256"] == expected["tokenizer"].sha256
     return restored
 
 

@@ -19,10 +19,10 @@ import jax
 
 from benchmarks.compiled_traffic import ROOT, SEQUENCE_LENGTH, compile_step
 from benchmarks.speed.columns import compiled_tpu_table
-from mobilellm_jax.files import write_file
-from mobilellm_jax.model.config import count_params
+from mobilellm_jax.model.costs import count_params
 from mobilellm_jax.model.presets import PRESETS
 from mobilellm_jax.planning.hlo import executed, parse
+from mobilellm_jax.storage.atomic import write_file
 
 _STATE_BYTES_PER_PARAM = 12  # fp32 weight and two moments
 

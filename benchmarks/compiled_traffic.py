@@ -20,10 +20,10 @@ from typing import NamedTuple
 import jax
 
 from benchmarks.speed.columns import compiled_traffic_table
-from mobilellm_jax.files import write_file
 from mobilellm_jax.model.presets import PRESETS
 from mobilellm_jax.planning.hlo import Instruction, executed, parse
 from mobilellm_jax.planning.topologies import topology
+from mobilellm_jax.storage.atomic import write_file
 from mobilellm_jax.training import run_config
 from mobilellm_jax.training.program import TrainProgram
 from mobilellm_jax.training.run_config import load_config
@@ -134,8 +134,9 @@ def compile_step(
         *(f"--config.execution.{setting}" for setting in settings),
     ]
     config = load_config(str(ROOT / "configs" / f"{preset}.py"), overrides)
-    mesh = make_mesh(config.mesh, run_config.model_config(config), hardware.devices)
-    return TrainProgram(config, mesh, SEQUENCE_LENGTH).lower().compile()
+    model = run_config.model_config(config)
+    mesh = make_mesh(config.mesh, model, hardware.devices)
+    return TrainProgram(config, model, mesh, SEQUENCE_LENGTH).lower().compile()
 
 
 def main() -> None:

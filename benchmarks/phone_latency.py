@@ -31,7 +31,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from mobilellm_jax.model.config import matmul_params_per_token
+from mobilellm_jax.model.costs import matmul_params_per_token
 from mobilellm_jax.model.presets import PRESETS
 
 MODELS = {
@@ -81,13 +81,14 @@ def program(workdir: Path, name: str, context_length: int) -> Path:
 def write_program(path: Path, name: str, context_length: int) -> None:
     import jax
 
-    from mobilellm_jax.conversion.executorch.export import write_pte
+    from mobilellm_jax.export.executorch.export import write_pte
     from mobilellm_jax.model.transformer import init_params
+    from mobilellm_jax.model_bundle import ModelBundle
 
     config = MODELS[name]
     params = init_params(config, jax.random.key(0))
     partial = path.with_suffix(".partial")
-    write_pte(partial, config, params, context_length=context_length, bos_id=None, eos_ids=[])
+    write_pte(partial, ModelBundle(config=config, params=params), context_length=context_length)
     os.replace(partial, path)
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import jax
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import write_file
 from mobilellm_jax.model.presets import PRESETS
 from mobilellm_jax.planning.collectives import traffic
 from mobilellm_jax.planning.plan import make_plan
 from mobilellm_jax.planning.report import Budget, draw, plan_dict, plan_text, read_plan
 from mobilellm_jax.planning.topologies import PLATFORMS, topology
+from mobilellm_jax.storage.atomic import write_file
 from mobilellm_jax.tables import table
 from mobilellm_jax.training.run_config import load_config
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from mobilellm_jax.data.prepare import prepare
 from mobilellm_jax.data.sources import iter_documents
-from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.tokenizers.sentencepiece import SentencePieceTokenizer
 
 SEQUENCE_LENGTH = 2048
 
@@ -41,7 +41,7 @@ def write_lines(inputs: list[str], path: Path, max_bytes: int) -> int:
 def encode_share(path, tokenizer, number, num_workers, barrier, seconds) -> None:
     """One process of bare SentencePiece: every num_workers-th document."""
     texts = [document.text for document in iter_documents([path])][number::num_workers]
-    tokenizer = Tokenizer.load(tokenizer)
+    tokenizer = SentencePieceTokenizer.load(tokenizer)
     barrier.wait()
     start = time.perf_counter()
     for text in texts:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from mobilellm_jax import cli
-from mobilellm_jax.training.checkpoint_files import CHECKPOINTS_NAME, list_steps
+from mobilellm_jax.checkpoints.files import CHECKPOINTS_NAME, list_steps
 from mobilellm_jax.training.run_config import load_config
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h; `mobilellm train` uses it for a lost peer

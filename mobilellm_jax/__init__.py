@@ -12,9 +12,9 @@ _HOME = {
     "ModelConfig": "mobilellm_jax.model.config",
     "PRESETS": "mobilellm_jax.model.presets",
     "MobileLLM": "mobilellm_jax.model.transformer",
-    "load": "mobilellm_jax.loading",
-    "load_torch": "mobilellm_jax.conversion.pytorch.loading",
-    "save_hf": "mobilellm_jax.conversion.huggingface.folder",
+    "load": "mobilellm_jax.checkpoints.loading",
+    "load_torch": "mobilellm_jax.export.pytorch",
+    "save_hf": "mobilellm_jax.huggingface.folder",
     "UserError": "mobilellm_jax.errors",
 }
 __all__ = ["MobileLLM", "ModelConfig", "PRESETS", "UserError", "load", "load_torch", "save_hf"]

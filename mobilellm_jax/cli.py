@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import mobilellm_jax
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.large_pages import run_with_large_pages
+from mobilellm_jax.machine.large_pages import run_with_large_pages
 
 # Verb -> (module with `add_arguments(parser)` and `main(args)`, one line of help).
 VERBS = {
@@ -25,7 +25,7 @@ VERBS = {
     "train": ("mobilellm_jax.training.command", "train a model, or go on with its training"),
     "evaluate": ("mobilellm_jax.evaluation.command", "measure loss, perplexity, bits per byte"),
     "generate": ("mobilellm_jax.inference.command", "continue prompts with a trained model"),
-    "convert": ("mobilellm_jax.conversion.command", "write a model for another runtime, read one"),
+    "convert": ("mobilellm_jax.export.command", "write a model for another runtime, read one"),
 }
 
 _VERBS_WITH_CONFIG = ("plan", "doctor", "train")

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from mobilellm_jax.data.tokenizer import train_tokenizer
+from mobilellm_jax.huggingface.folder import read_hf
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.tokenizers.sentencepiece import train_tokenizer
 
 # N * H differs from D on purpose.
 TINY = ModelConfig(
@@ -55,6 +56,12 @@ def make_params(config: ModelConfig, seed: int = 0) -> dict:
     if not c.tie_embeddings:
         params["head"] = normal(D, c.vocab_size)
     return params
+
+
+def load_hf(path: Path, **options) -> tuple[ModelConfig, dict]:
+    """Config and parameters of a folder."""
+    model = read_hf(path, **options)
+    return model.config, model.params
 
 
 def edit_config(folder: Path, **changes) -> None:

@@ -5,8 +5,11 @@ import functools
 import jax
 import numpy as np
 
+from mobilellm_jax.checkpoints.store import Checkpoints
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import abstract_params
+from mobilellm_jax.model_bundle import ModelBundle, PromptFormat, Provenance
+from mobilellm_jax.tokenizers.sentencepiece import SentencePieceTokenizer
 
 SHARING = [
     ("none", 1, "own"),
@@ -57,3 +60,28 @@ def random_params(config, seed=0):
         return (rng.normal(size=like.shape) * config.init_std).astype(np.float32)
 
     return jax.tree.map_with_path(draw, abstract_params(config))
+
+
+def bundle(
+    config, params=None, tokenizer_model=None, *, bos=None, chat_template=None, stop_ids=None
+) -> ModelBundle:
+    """A model with random weights unless they are given, and the bytes of a SentencePiece model."""
+    return ModelBundle(
+        config=config,
+        params=random_params(config) if params is None else params,
+        tokenizer=tokenizer_model and SentencePieceTokenizer(tokenizer_model),
+        prompt=PromptFormat(bos=bos, chat_template=chat_template, stop_ids=stop_ids),
+        provenance=Provenance(),
+    )
+
+
+def save_params(workdir, config, params, tokenizer_model=None, metadata=None) -> None:
+    """A checkpoint without optimizer state, as step 0 of a new workdir."""
+    with Checkpoints(workdir, keep_last=1) as checkpoints:
+        checkpoints.save(
+            0,
+            params=params,
+            opt_state=None,
+            metadata={**(metadata or {}), "model": config.to_dict()},
+            tokenizer=tokenizer_model and SentencePieceTokenizer(tokenizer_model),
+        )

@@ -3,9 +3,9 @@
 import json
 import random
 
+from mobilellm_jax.data.dataset import Dataset
 from mobilellm_jax.data.loader import open_split
 from mobilellm_jax.data.prepare import prepare
-from mobilellm_jax.data.records import DatasetHeader
 
 WORDS = ("the", "cat", "and", "dog", "sat", "on a", "mat", "while", "rain", "12 34", "é", "漢")
 
@@ -45,7 +45,7 @@ def stream(folder, split="train"):
 
 def texts(folder, split="train"):
     """The documents of a split, decoded one by one from BOS to BOS."""
-    tokenizer = DatasetHeader.load(folder).tokenizer(folder)
+    tokenizer = Dataset.open(folder).tokenizer
     found, document = [], []
     for token in [*stream(folder, split)[1:], tokenizer.bos_id]:
         if token == tokenizer.bos_id:

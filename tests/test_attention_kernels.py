@@ -23,7 +23,8 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import attention_kernels
 from mobilellm_jax.model.attention import KeyValue, causal_attention
 from mobilellm_jax.model.attention_kernels import choose_attention
-from mobilellm_jax.model.transformer import REMAT_POLICIES, Execution, MobileLLM
+from mobilellm_jax.model.execution import REMAT_POLICIES, Execution
+from mobilellm_jax.model.transformer import MobileLLM
 from mobilellm_jax.training.sharding import MESH_AXES, on_mesh
 
 # Largest difference to float64, as a share of the largest value.
@@ -295,10 +296,11 @@ def test_only_full_remat_runs_the_forward_kernel_again(mesh, remat, recomputed):
     assert program.count("tpu_custom_call") == len(KERNEL_CALLS["splash"]) + recomputed
 
 
-def test_a_kernel_by_name_is_refused_where_the_model_runs_without_it():
-    for kind in ("cudnn", "splash"):
-        with pytest.raises(UserError, match=f"'{kind}' needs .*here: cpu, float32, 8, 128"):
-            loss(random_params(MODEL), Execution(attention=kind))
+@pytest.mark.parametrize(("kind", "num_tokens"), [("cudnn", 128), ("splash", 127)])
+def test_a_kernel_is_refused_operands_that_it_does_not_take(kind, num_tokens):
+    model = MobileLLM(MODEL, Execution(attention=kind))
+    with pytest.raises(UserError, match=f"'{kind}' needs .*float32, 8, {num_tokens}. Use 'auto'"):
+        model.apply({"params": random_params(MODEL)}, TOKENS[:, :num_tokens])
 
 
 GPU_TARGET = """

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 
+from mobilellm_jax.checkpoints import store as training
+from mobilellm_jax.checkpoints.store import Checkpoints
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.training import checkpoints as training
-from mobilellm_jax.training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS_PATH = ROOT / "benchmarks" / "checkpoint_faults.py"
@@ -147,7 +147,7 @@ def test_too_little_free_space_stops_a_save_before_it_starts(tmp_path):
 
 def test_several_processes_save_on_a_disk_that_says_it_has_no_end(tmp_path):
     """Amazon EFS reports 8 EiB."""
-    broadcast = "mobilellm_jax.training.checkpoints.multihost_utils.broadcast_one_to_all"
+    broadcast = "mobilellm_jax.checkpoints.store.multihost_utils.broadcast_one_to_all"
     with (
         Checkpoints(tmp_path, keep_last=1) as checkpoints,
         mock.patch("shutil.disk_usage", return_value=mock.Mock(free=(1 << 63) - 1)),
@@ -162,7 +162,7 @@ def test_a_save_that_fails_in_the_background_fails_the_next_one(tmp_path):
         checkpoints.save(1, **faults.state(1))
         checkpoints.wait()
         failure = mock.patch(
-            "mobilellm_jax.training.checkpoints.write_manifest", side_effect=OSError(28, "full")
+            "mobilellm_jax.checkpoints.store.write_manifest", side_effect=OSError(28, "full")
         )
         with failure, pytest.raises(UserError, match="step 2 was not saved.*full"):
             checkpoints.save(2, **faults.state(2))
@@ -191,7 +191,7 @@ def test_a_full_disk_loses_no_older_step():
 
 def test_an_error_of_the_run_is_not_hidden_by_one_of_its_last_save(tmp_path):
     failure = mock.patch(
-        "mobilellm_jax.training.checkpoints.write_manifest", side_effect=OSError(28, "full")
+        "mobilellm_jax.checkpoints.store.write_manifest", side_effect=OSError(28, "full")
     )
     with (
         pytest.raises(ZeroDivisionError),
@@ -260,7 +260,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.training.checkpoints import Checkpoints
+from mobilellm_jax.checkpoints.store import Checkpoints
 
 config = ModelConfig(num_layers=1, num_heads=1, num_kv_heads=1, embed_dim=8, head_dim=8)
 mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
@@ -283,7 +283,7 @@ with Checkpoints(workdir, keep_last=2) as checkpoints:
     for new in (step + 1, step + 2):
         state = tree(new)
         checkpoints.save(new, params=state, opt_state=state,
-                         metadata={"model": config.to_dict()}, tokenizer_model=b"t")
+                         metadata={"model": config.to_dict()}, tokenizer=None)
 print("restored", step)
 """
 

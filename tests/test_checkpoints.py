@@ -2,11 +2,11 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.util
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import chex
@@ -15,14 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hf_folders import train_small_tokenizer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from model_cases import save_params
 
+from mobilellm_jax.checkpoints.files import list_steps, load_checkpoint
+from mobilellm_jax.checkpoints.store import Checkpoints
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import abstract_params
-from mobilellm_jax.training.checkpoint_files import SavedModel, list_steps, load_checkpoint
-from mobilellm_jax.training.checkpoints import Checkpoints, save_params
-from mobilellm_jax.training.manifest import write_manifest
+from mobilellm_jax.model_bundle import read_record
+from mobilellm_jax.storage.manifest import write_manifest
 
 with contextlib.suppress(RuntimeError):  # JAX has started, as conftest.py told it to
     jax.config.update("jax_num_cpu_devices", 8)
@@ -36,6 +39,7 @@ _spec.loader.exec_module(faults)
 CONFIG = ModelConfig(
     num_layers=2, num_heads=2, num_kv_heads=1, embed_dim=32, head_dim=16, vocab_size=64, ffn_dim=64
 )
+TOKENIZER = SimpleNamespace(files={"tokenizer.model": b"\x00sp"}, sha256="5f" * 32)
 METADATA = {"model": CONFIG.to_dict(), "run": {"peak_lr": 2e-3}}
 
 
@@ -89,7 +93,7 @@ def test_params_and_optimizer_state_come_back_bit_for_bit(tmp_path, params):
     opt_state = jax.jit(lambda p: optimizer.update(p, optimizer.init(p), p)[1])(params)
     with Checkpoints(tmp_path, keep_last=1) as checkpoints:
         checkpoints.save(
-            3, params=params, opt_state=opt_state, metadata=METADATA, tokenizer_model=b"\x00sp"
+            3, params=params, opt_state=opt_state, metadata=METADATA, tokenizer=TOKENIZER
         )
     with Checkpoints(tmp_path, keep_last=1) as checkpoints:
         restored = checkpoints.restore(
@@ -98,7 +102,8 @@ def test_params_and_optimizer_state_come_back_bit_for_bit(tmp_path, params):
             opt_state_like=jax.eval_shape(lambda: opt_state),
         )
     assert restored.step == 3
-    assert restored.tokenizer_model == b"\x00sp"
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    assert {name: (folder / name).read_bytes() for name in TOKENIZER.files} == TOKENIZER.files
     assert restored.metadata["run"] == METADATA["run"]
     assert jax.tree.structure(restored.opt_state) == jax.tree.structure(opt_state)
     chex.assert_trees_all_equal(restored.params, params, strict=True)
@@ -109,7 +114,7 @@ def test_dtypes_and_odd_numbers_survive(tmp_path):
     odd = jnp.array([jnp.nan, -jnp.inf, -0.0, 1e-45, 3.4e38], jnp.float32)
     tree = {"f": odd, "h": odd.astype(jnp.bfloat16), "i": jnp.arange(3, dtype=jnp.int8)}
     with Checkpoints(tmp_path, keep_last=1) as checkpoints:
-        checkpoints.save(1, params=tree, opt_state=tree, metadata=METADATA, tokenizer_model=None)
+        checkpoints.save(1, params=tree, opt_state=tree, metadata=METADATA, tokenizer=None)
         restored = checkpoints.restore(config=CONFIG, params_like=tree, opt_state_like=tree)
     for name, leaf in tree.items():
         assert restored.params[name].dtype == leaf.dtype
@@ -122,7 +127,7 @@ def test_state_saved_on_one_mesh_restores_on_another(tmp_path):
     there = NamedSharding(_mesh(2, 4), PartitionSpec("y", None))
     tree = {"w": jax.device_put(value, here)}
     with Checkpoints(tmp_path, keep_last=1) as checkpoints:
-        checkpoints.save(1, params=tree, opt_state=tree, metadata=METADATA, tokenizer_model=None)
+        checkpoints.save(1, params=tree, opt_state=tree, metadata=METADATA, tokenizer=None)
         for sharding in (here, there, None):
             like = {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=sharding)}
             restored = checkpoints.restore(config=CONFIG, params_like=like, opt_state_like=like)
@@ -155,7 +160,7 @@ def test_metadata_says_what_was_saved_with_what(tmp_path):
     restored = _restore(tmp_path)
     metadata = restored.metadata
     assert metadata["step"] == 4
-    assert metadata["tokenizer_sha256"] == hashlib.sha256(restored.tokenizer_model).hexdigest()
+    assert metadata["tokenizer_sha256"] == TOKENIZER.sha256
     assert metadata["arrays"]["params"] == {"a": "float32[1000]", "b/c": "float32[10,100]"}
     assert metadata["versions"]["jax"] == jax.__version__
 
@@ -171,7 +176,7 @@ def test_the_newest_steps_and_each_nth_are_kept(tmp_path):
 def test_an_old_step_goes_only_after_the_new_one_has_its_manifest(tmp_path):
     _save(tmp_path, 1, keep_last=1)
     failure = mock.patch(
-        "mobilellm_jax.training.checkpoints.write_manifest", side_effect=OSError(28, "full")
+        "mobilellm_jax.checkpoints.store.write_manifest", side_effect=OSError(28, "full")
     )
     with pytest.raises(UserError, match="step 2 was not saved.*full"), failure:
         _save(tmp_path, 2, keep_last=1)
@@ -270,12 +275,13 @@ def test_of_many_differences_five_are_listed_and_the_others_counted(tmp_path):
 
 
 def test_loading_takes_a_workdir_its_checkpoints_or_one_step(tmp_path, params, monkeypatch):
-    save_params(tmp_path / "run", CONFIG, params, b"tokenizer")
+    model_bytes = train_small_tokenizer(tmp_path / "tokenizer.model")
+    save_params(tmp_path / "run", CONFIG, params, model_bytes)
     (tmp_path / "best").symlink_to(tmp_path / "run" / "checkpoints" / "0")
     monkeypatch.chdir(tmp_path)
     for path in ("run", tmp_path / "run" / "checkpoints", "run/checkpoints/0", "best"):
         saved = load_checkpoint(path)
-        assert (saved.config, saved.tokenizer_model) == (CONFIG, b"tokenizer")
+        assert (saved.config, saved.tokenizer.model_bytes) == (CONFIG, model_bytes)
         chex.assert_trees_all_equal(saved.params, params, strict=True)
 
 
@@ -298,14 +304,15 @@ def test_imported_params_restore_without_optimizer_state(tmp_path, params):
         restored = checkpoints.restore(
             config=CONFIG, params_like=params, opt_state_like=optax.adam(1.0).init(params)
         )
-    assert (restored.step, restored.opt_state, restored.tokenizer_model) == (0, None, None)
+    assert (restored.step, restored.opt_state) == (0, None)
     chex.assert_trees_all_equal(restored.params, params, strict=True)
-    assert load_checkpoint(tmp_path).tokenizer_model is None
+    assert load_checkpoint(tmp_path).tokenizer is None
 
 
-def test_documents_began_with_bos_unless_it_is_said_that_they_did_not():
-    for metadata, bos in (({}, True), ({"bos": True}, True), ({"bos": False}, False)):
-        assert SavedModel(CONFIG, None, metadata, None).bos is bos
+def test_texts_begin_with_bos_unless_documents_are_known_not_to():
+    for record, bos in (({}, True), ({"bos": True}, True), ({"bos": False}, False)):
+        prompt, _ = read_record(record)
+        assert prompt.begins_with_bos is bos
 
 
 def test_only_folders_named_by_a_number_are_steps(tmp_path):
@@ -326,12 +333,12 @@ def test_loading_skips_damaged_steps_but_not_for_the_optimizer(tmp_path, params,
     with Checkpoints(tmp_path, keep_last=5) as checkpoints:
         for step in (1, 2, 3):
             state = {"params": params, "opt_state": params, "metadata": METADATA | {"mark": step}}
-            checkpoints.save(step, **state, tokenizer_model=b"%d" % step)
+            checkpoints.save(step, **state, tokenizer=None)
     _flip(_data_file(tmp_path, 3))
     _flip(_data_file(tmp_path, 2, "opt_state"))
     saved = load_checkpoint(tmp_path)
     chex.assert_trees_all_equal(saved.params, params)
-    assert saved.tokenizer_model == b"2" and saved.metadata["mark"] == 2
+    assert saved.provenance.step == 2
     assert "CHECKPOINT DAMAGED" in caplog.text
     with pytest.raises(UserError, match="is damaged: params/"):
         load_checkpoint(tmp_path / "checkpoints" / "3")

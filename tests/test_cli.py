@@ -8,10 +8,12 @@ import sys
 import types
 
 import pytest
+from model_cases import tiny
 from prepared import make_documents
 
-from mobilellm_jax import loading
+from mobilellm_jax.checkpoints import loading
 from mobilellm_jax.cli import VERBS, main
+from mobilellm_jax.data.dataset import Dataset
 from mobilellm_jax.evaluation import perplexity
 from mobilellm_jax.inference import generate as generation
 from mobilellm_jax.inference.sampling import Sampling
@@ -97,7 +99,7 @@ def test_a_reader_that_has_enough_ends_the_program_quietly():
 
 
 def test_another_pipe_that_breaks_is_not_hidden(monkeypatch):
-    from mobilellm_jax.conversion import command
+    from mobilellm_jax.export import command
 
     def broken(args):
         raise BrokenPipeError
@@ -160,8 +162,11 @@ def test_from_text_to_folder_and_back(capsys, tmp_path, monkeypatch):
 
 
 def test_the_flags_of_evaluate_and_generate_arrive(capsys, monkeypatch):
-    model = types.SimpleNamespace(config=1, params=2, tokenizer=3, bos=False)
+    model = types.SimpleNamespace(config=tiny())
+    header = types.SimpleNamespace(sequence_length=8)
+    dataset = types.SimpleNamespace(header=header)
     monkeypatch.setattr(loading, "load_text_model", lambda *_: model)
+    monkeypatch.setattr(Dataset, "open", {"d": dataset}.get)
     asked = []
 
     def measure(*arguments, execution, **settings):
@@ -180,8 +185,8 @@ def test_the_flags_of_evaluate_and_generate_arrive(capsys, monkeypatch):
     assert run(capsys, "generate", *flags.split(), "--seed", "7")[0] == 0
     sampling = Sampling(temperature=2.0, top_k=6, top_p=0.5)
     assert asked == [
-        (model, "d", "train", {"batch_size": 3, "max_records": 5}),
-        (1, 2, 3, ["a"], {"max_tokens": 4, "sampling": sampling, "seed": 7, "bos": False}),
+        (model, dataset, "train", {"batch_size": 3, "max_records": 5}),
+        (model, ["a"], {"max_tokens": 4, "sampling": sampling, "seed": 7}),
     ]
 
 
@@ -190,7 +195,7 @@ def test_a_prompt_longer_than_the_context_is_refused(capsys, tmp_path, monkeypat
     from prepared import DOCUMENTS
 
     import mobilellm_jax
-    from mobilellm_jax.data.tokenizer import train_tokenizer
+    from mobilellm_jax.tokenizers.sentencepiece import train_tokenizer
 
     tokenizer = train_tokenizer(DOCUMENTS, 300, tmp_path / "t.model")
     config = tiny(vocab_size=300, max_seq_len=16)

@@ -8,13 +8,8 @@ import pytest
 from model_cases import ALL_KINDS, tiny
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.config import (
-    ModelConfig,
-    count_params,
-    default_ffn_dim,
-    kv_cache_bytes_per_token,
-    train_flops_per_token,
-)
+from mobilellm_jax.model.config import ModelConfig, default_ffn_dim
+from mobilellm_jax.model.costs import count_params, kv_cache_bytes_per_token, train_flops_per_token
 from mobilellm_jax.model.presets import PRESETS
 from mobilellm_jax.model.transformer import abstract_params
 

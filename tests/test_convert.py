@@ -9,15 +9,16 @@ import jax
 import numpy as np
 import pytest
 from hf_folders import make_params, train_small_tokenizer
+from model_cases import save_params
 from test_tokenizer_json import train
 
+from mobilellm_jax.checkpoints.files import load_checkpoint
 from mobilellm_jax.cli import main
-from mobilellm_jax.conversion import command
-from mobilellm_jax.conversion.formats import FORMATS, kept_metadata
-from mobilellm_jax.conversion.huggingface.folder import save_hf
+from mobilellm_jax.export import command
+from mobilellm_jax.export.formats import FORMATS
+from mobilellm_jax.huggingface.folder import save_hf
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.training.checkpoint_files import load_checkpoint
-from mobilellm_jax.training.checkpoints import save_params
+from mobilellm_jax.model_bundle import read_record
 
 CONFIG = ModelConfig(
     num_layers=2,
@@ -147,8 +148,9 @@ def test_the_context_that_was_asked_for_is_that_of_the_file(workdir, tmp_path, c
 
 def test_what_is_known_of_the_training_goes_along(workdir):
     known = {"step": 3, "bos": False, "mask_documents": True, "chat_template": "{{ x }}"}
-    model = dataclasses.replace(load_checkpoint(workdir), metadata=known | {"run": {}})
-    assert kept_metadata(model) == known
+    prompt, provenance = read_record(known | {"run": {}})
+    model = dataclasses.replace(load_checkpoint(workdir), prompt=prompt, provenance=provenance)
+    assert model.to_record() == known
 
 
 UNIGRAM = {"model_type": "unigram", "vocab_size": 500}
@@ -183,9 +185,9 @@ def test_a_tokenizer_that_executorch_reads_otherwise_is_refused_before_the_work(
     tmp_path, capsys, monkeypatch
 ):
     needs_runtime("pte")
-    from mobilellm_jax.conversion.executorch import export
+    from mobilellm_jax.export.executorch import export
 
-    monkeypatch.setattr(export, "write_pte", None)
+    monkeypatch.setattr(export, "module_from_params", None)
     run = save(tmp_path / "run", train(**UNIGRAM))
     status, text = convert(capsys, "--to", "pte", "--checkpoint", run, "--output", tmp_path / "o")
     assert status == 2 and "its algorithm is unigram" in text

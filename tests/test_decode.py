@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from model_cases import ALL_KINDS, random_params
 
-from mobilellm_jax.model.config import kv_cache_bytes_per_token
+from mobilellm_jax.model.costs import kv_cache_bytes_per_token
 from mobilellm_jax.model.decoding import decode, decode_weights, make_cache
 from mobilellm_jax.model.transformer import MobileLLM
 
@@ -27,7 +27,7 @@ def run(config, params, method, tokens, *args, **capacity):
     model = MobileLLM(config)
     if method == "prefill":
         hidden, fresh = model.apply({"params": params}, tokens, method="prefill")
-        cache = make_cache(fresh, *args, **capacity)
+        cache = make_cache(config, fresh, *args, **capacity)
     else:
         weights = decode_weights(params, "float32", num_rows=tokens.shape[0])
         hidden, cache = decode(config, weights, tokens, *args)

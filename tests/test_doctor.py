@@ -5,12 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+from hf_folders import train_small_tokenizer
+from model_cases import save_params
 from prepared import make_documents, run_prepare, write_lines
 
 from mobilellm_jax import cli
 from mobilellm_jax.data.records import DatasetHeader
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.training.checkpoints import save_params
 from mobilellm_jax.training.doctor import Examination, Finding
 from mobilellm_jax.training.run_config import default_config, load_config, model_config
 
@@ -123,7 +124,8 @@ def test_what_train_would_not_go_on_with_is_a_fail(doctor, home, tmp_path):
     save_params(tmp_path / "same", model, arrays, tokenizer)
     _, found = doctor(workdir=tmp_path / "same")
     assert found["workdir"] == ("ok", f"{tmp_path / 'same'}: goes on from step 0, which is whole")
-    save_params(tmp_path / "tokenizer", model, arrays, b"another")
+    another = train_small_tokenizer(tmp_path / "another.model")
+    save_params(tmp_path / "tokenizer", model, arrays, another)
     save_params(tmp_path / "order", model, arrays, tokenizer, {"sample_order": {"seed": 7}})
     for name, message in [("tokenizer", "another tokenizer"), ("order", "seed was 7, is 0")]:
         status, found = doctor(workdir=tmp_path / name)

@@ -7,7 +7,7 @@ from prepared import DOCUMENTS
 
 from mobilellm_jax.data import encoding
 from mobilellm_jax.data.sources import Document
-from mobilellm_jax.data.tokenizer import train_tokenizer
+from mobilellm_jax.tokenizers.sentencepiece import train_tokenizer
 
 NUM_WORKERS = 2
 

@@ -5,13 +5,13 @@ import json
 
 import pytest
 from hf_folders import make_params, train_small_tokenizer
+from model_cases import save_params
 
 from mobilellm_jax.cli import main
-from mobilellm_jax.conversion.estimate import DRAM_BUDGET, estimate, expansion
-from mobilellm_jax.conversion.formats import FORMATS
+from mobilellm_jax.export.estimate import DRAM_BUDGET, estimate, expansion
+from mobilellm_jax.export.formats import FORMATS
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.presets import PRESETS
-from mobilellm_jax.training.checkpoints import save_params
 
 # Wide enough that weights, not metadata, are what a file holds.
 CONFIG = ModelConfig(

@@ -12,17 +12,17 @@ import reference
 from model_cases import random_params, tiny
 from prepared import DOCUMENTS, run_prepare, stream, write_lines
 
+from mobilellm_jax.data.dataset import Dataset
 from mobilellm_jax.data.loader import open_split
-from mobilellm_jax.data.records import DatasetHeader
-from mobilellm_jax.data.tokenizer import Tokenizer, train_tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation.perplexity import (
     dataset_perplexity,
     official_perplexity,
     official_text,
 )
-from mobilellm_jax.loading import TextModel
-from mobilellm_jax.model.transformer import Execution
+from mobilellm_jax.model.execution import Execution
+from mobilellm_jax.model_bundle import ModelBundle, Provenance
+from mobilellm_jax.tokenizers.sentencepiece import SentencePieceTokenizer, train_tokenizer
 
 RTOL = 1e-5
 WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "text" / "wikitext2"
@@ -46,14 +46,14 @@ def dataset(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(dataset):
     config = tiny("immediate", 2, vocab_size=300)
-    tokenizer = DatasetHeader.load(dataset).tokenizer(dataset)
-    return TextModel(config, random_params(config), tokenizer, bos=True, mask_documents=False)
+    tokenizer = Dataset.open(dataset).tokenizer
+    return ModelBundle(config=config, params=random_params(config), tokenizer=tokenizer)
 
 
 def test_split_loss_predicts_every_token_but_the_first_once(dataset, model):
     tokens = stream(dataset, "valid")
     result = dataset_perplexity(
-        model, dataset, "valid", batch_size=4, max_records=None, execution=Execution()
+        model, Dataset.open(dataset), "valid", batch_size=4, max_records=None, execution=Execution()
     )
     assert result.num_tokens == len(tokens) - 1
     total = sum(
@@ -62,7 +62,7 @@ def test_split_loss_predicts_every_token_but_the_first_once(dataset, model):
     )
     np.testing.assert_allclose(result.loss, total / result.num_tokens, rtol=RTOL)
     np.testing.assert_allclose(result.perplexity, math.exp(total / result.num_tokens), rtol=RTOL)
-    num_bytes = DatasetHeader.load(dataset).splits["valid"].num_bytes
+    num_bytes = Dataset.open(dataset).header.splits["valid"].num_bytes
     assert num_bytes > 0
     np.testing.assert_allclose(result.bits_per_byte, total / math.log(2) / num_bytes, rtol=RTOL)
 
@@ -70,14 +70,19 @@ def test_split_loss_predicts_every_token_but_the_first_once(dataset, model):
 def test_batch_size_does_not_change_the_result(dataset, model):
     results = [
         dataset_perplexity(
-            model, dataset, "valid", batch_size=size, max_records=3, execution=Execution()
+            model,
+            Dataset.open(dataset),
+            "valid",
+            batch_size=size,
+            max_records=3,
+            execution=Execution(),
         )
         for size in (1, 2, 8)
     ]
     assert {result.num_tokens for result in results} == {72}
     np.testing.assert_allclose([r.loss for r in results], results[0].loss, rtol=RTOL)
     # A part of the split has its share of the bytes of all.
-    whole = DatasetHeader.load(dataset).splits["valid"]
+    whole = Dataset.open(dataset).header.splits["valid"]
     bits = results[0].loss / math.log(2) * whole.num_tokens / whole.num_bytes
     np.testing.assert_allclose([r.bits_per_byte for r in results], bits, rtol=RTOL)
 
@@ -91,9 +96,14 @@ def test_documents_are_masked_as_the_model_was_trained(dataset, model):
             losses += losses_of(model.config, model.params, [tokens])[0].tolist()
             num_pieces += 1
     assert num_pieces > 4
-    masked = dataclasses.replace(model, mask_documents=True)
+    masked = dataclasses.replace(model, provenance=Provenance(mask_documents=True))
     result = dataset_perplexity(
-        masked, dataset, "valid", batch_size=4, max_records=4, execution=Execution()
+        masked,
+        Dataset.open(dataset),
+        "valid",
+        batch_size=4,
+        max_records=4,
+        execution=Execution(),
     )
     assert len(losses) == result.num_tokens == 4 * 24
     np.testing.assert_allclose(result.loss, np.mean(losses), rtol=RTOL)
@@ -101,10 +111,15 @@ def test_documents_are_masked_as_the_model_was_trained(dataset, model):
 
 def test_a_dataset_of_another_tokenizer_is_refused(dataset, model, tmp_path):
     other = train_tokenizer(DOCUMENTS, 310, tmp_path / "other.model")
-    foreign = TextModel(model.config, model.params, other, bos=True, mask_documents=False)
+    foreign = dataclasses.replace(model, tokenizer=other)
     with pytest.raises(UserError, match="another tokenizer"):
         dataset_perplexity(
-            foreign, dataset, "valid", batch_size=1, max_records=None, execution=Execution()
+            foreign,
+            Dataset.open(dataset),
+            "valid",
+            batch_size=1,
+            max_records=None,
+            execution=Execution(),
         )
 
 
@@ -132,7 +147,7 @@ def test_official_text_of_wikitext_2_is_that_of_the_hugging_face_rows(tmp_path):
     path.write_bytes(raw)
     text = official_text(path)
     assert text.count("\n\n") >= 4357  # rows and the blank lines between them
-    ids = Tokenizer.load(LLAMA).encode(text, bos=True)
+    ids = SentencePieceTokenizer.load(LLAMA).encode(text, bos=True)
     # GPTQ and others, which join the same rows alike, report 341,469 tokens with this tokenizer.
     assert len(ids) == 341_469
 

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import sentencepiece
 from hf_folders import train_small_tokenizer
-from model_cases import random_params, tiny
+from model_cases import bundle, random_params, tiny
 from test_tokenizer_json import ADVERSARIAL, CONTROL_LITERALS, SAMPLE, load_model, read_lines, train
 
-from mobilellm_jax.conversion.executorch import export
-from mobilellm_jax.conversion.executorch.export import write_pte
-from mobilellm_jax.conversion.executorch.runtime import ExecuTorchRuntime, load_tokenizer
-from mobilellm_jax.conversion.pytorch.loading import module_from_params
-from mobilellm_jax.conversion.tokenizer_json import tokenizer_files
-from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.export.executorch import export
+from mobilellm_jax.export.executorch.export import write_pte
+from mobilellm_jax.export.executorch.runtime import ExecuTorchRuntime, load_tokenizer
+from mobilellm_jax.export.pytorch import module_from_params
 from mobilellm_jax.model.transformer import MobileLLM
+from mobilellm_jax.tokenizers.huggingface_json import tokenizer_files
+from mobilellm_jax.tokenizers.sentencepiece import SentencePieceTokenizer
 
 NO_EXTRA = "the extra [executorch] is not installed"
 pytest.importorskip("executorch", reason=NO_EXTRA)
@@ -35,7 +35,7 @@ CONTEXT = 160
 NUM_PIECES = 600
 FIRST_WORD = 259  # the ids before are <unk>, BOS, EOS and bytes, which may be half a character
 BOS, EOS = 1, 2
-EOS_IDS = [EOS, 300]  # the second is a word that the models say now and then
+EOS_IDS = (EOS, 300)  # the second is a word that the models say now and then
 
 
 def small(sharing="none", num_repeats=1, shared_kv="own", **changes):
@@ -79,7 +79,7 @@ def jax_logits(kind: str, tokens: tuple[int, ...]) -> np.ndarray:
 class Exported:
     kind: str
     folder: Path
-    tokenizer: Tokenizer
+    tokenizer: SentencePieceTokenizer
     runtime: ExecuTorchRuntime
 
     @property
@@ -97,11 +97,12 @@ def export_of(tmp_path_factory):
         folder = tmp_path_factory.mktemp(kind)
         program, config, params = folder / "model.pte", KINDS[kind], params_of(kind)
         model_bytes = train_small_tokenizer(folder / "tokenizer.model")
-        for name, content in tokenizer_files(model_bytes, CONTEXT).items():
+        model = bundle(config, params, model_bytes, stop_ids=EOS_IDS)
+        for name, content in tokenizer_files(model.tokenizer, CONTEXT).items():
             (folder / name).write_bytes(content)
-        write_pte(program, config, params, context_length=CONTEXT, bos_id=BOS, eos_ids=EOS_IDS)
+        write_pte(program, model, context_length=CONTEXT)
         runtime = ExecuTorchRuntime(program, folder / "tokenizer.json")
-        return Exported(kind, folder, Tokenizer(model_bytes), runtime)
+        return Exported(kind, folder, SentencePieceTokenizer(model_bytes), runtime)
 
     return export
 
@@ -154,7 +155,7 @@ def test_the_metadata_is_what_the_runner_reads(exported):
         "get_max_context_len": CONTEXT,
         "get_vocab_size": NUM_PIECES,
         "get_bos_id": BOS,
-        "get_eos_ids": EOS_IDS,
+        "get_eos_ids": list(EOS_IDS),
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": True,
@@ -239,7 +240,7 @@ def cpp_tokenizers(name: str):
     """(of tokenizer.json, of tokenizer.model, sentencepiece itself)"""
     model_bytes = load_model(name)
     with tempfile.TemporaryDirectory() as folder:
-        files = tokenizer_files(model_bytes, CONTEXT)
+        files = tokenizer_files(SentencePieceTokenizer(model_bytes), CONTEXT)
         for file, content in files.items():
             (Path(folder) / file).write_bytes(content)
         loaded = [load_tokenizer(f"{folder}/tokenizer.{kind}") for kind in ("json", "model")]
@@ -320,8 +321,7 @@ def test_tokenizer_model_gives_other_ids_for_unigram_models_alone(tmp_path):
 
 
 def write(path, config, **options):
-    options = {"context_length": 8, "bos_id": None, "eos_ids": []} | options
-    write_pte(path, config, random_params(config), **options)
+    write_pte(path, bundle(config), **{"context_length": 8} | options)
     return path
 
 
@@ -371,7 +371,7 @@ def test_what_cannot_be_converted_is_refused_before_the_work(tmp_path, monkeypat
             write(path, small(), context_length=length)
     params = random_params(small()) | {"embedding": np.full((NUM_PIECES, 24), np.nan, np.float32)}
     with pytest.raises(UserError, match="embedding .*NaN"):
-        write_pte(path, small(), params, context_length=8, bos_id=None, eos_ids=[])
+        write_pte(path, bundle(small(), params), context_length=8)
     monkeypatch.setitem(sys.modules, "executorch.exir", None)
     with pytest.raises(UserError, match=r"executorch\.exir is not installed: pip .*\[executorch\]"):
         write(path, small())

@@ -7,13 +7,14 @@ import pytest
 from model_cases import random_params, tiny
 from prepared import DOCUMENTS
 
-from mobilellm_jax.data.tokenizer import train_tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference import generate as generation
 from mobilellm_jax.inference.generate import generate, generate_tokens
 from mobilellm_jax.inference.sampling import Sampling, sample
 from mobilellm_jax.model.decoding import decode_weights
 from mobilellm_jax.model.transformer import MobileLLM
+from mobilellm_jax.model_bundle import ModelBundle, PromptFormat
+from mobilellm_jax.tokenizers.sentencepiece import train_tokenizer
 
 CONFIG = tiny("repeat_all", 2)
 PARAMS = random_params(CONFIG, 3)
@@ -179,15 +180,18 @@ def text_of(tokenizer, chosen, monkeypatch, **options):
         return (np.array([token]) for token in chosen)
 
     monkeypatch.setattr(generation, "generate_tokens", generate_tokens)
+    model = ModelBundle(
+        config=tiny(vocab_size=tokenizer.vocab_size + 8),
+        params={},
+        tokenizer=tokenizer,
+        prompt=PromptFormat(**options),
+    )
     (text,) = generate(
-        tiny(vocab_size=tokenizer.vocab_size + 8),
-        {},
-        tokenizer,
+        model,
         ["the"],
         max_tokens=len(chosen),
         sampling=GREEDY,
         on_text=lambda _, piece: pieces.append(piece),
-        **options,
     )
     return pieces, text, asked
 
@@ -209,8 +213,9 @@ def test_prompts_begin_as_documents_did_and_rows_end_at_eos(tokenizer, monkeypat
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer):
-    with pytest.raises(UserError, match="has 300 pieces, the model knows 53"):
-        generate(CONFIG, PARAMS, tokenizer, ["the"], max_tokens=1, sampling=GREEDY)
+    model = ModelBundle(config=CONFIG, params=PARAMS, tokenizer=tokenizer)
+    with pytest.raises(UserError, match="has 300 pieces, but the model's vocab_size is 53"):
+        generate(model, ["the"], max_tokens=1, sampling=GREEDY)
 
 
 def test_streamed_pieces_make_up_the_text(tokenizer):
@@ -222,9 +227,7 @@ def test_streamed_pieces_make_up_the_text(tokenizer):
         pieces[row] += piece
 
     texts = generate(
-        config,
-        params,
-        tokenizer,
+        ModelBundle(config=config, params=params, tokenizer=tokenizer),
         [DOCUMENTS[0][:20], "日本"],
         max_tokens=30,
         sampling=Sampling(temperature=1.5),

@@ -11,13 +11,13 @@ import chex
 import jax
 import numpy as np
 import pytest
-from model_cases import random_params, tiny
+from model_cases import bundle, random_params, tiny
 from test_tokenizer_json import load_model
 
-from mobilellm_jax.conversion.gguf import export, runtime
-from mobilellm_jax.conversion.gguf.export import WEIGHT_TYPES, dequantized_params, write_gguf
-from mobilellm_jax.conversion.gguf.runtime import LlamaCppRuntime
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.export.gguf import export, runtime
+from mobilellm_jax.export.gguf.export import WEIGHT_TYPES, dequantized_params, write_gguf
+from mobilellm_jax.export.gguf.runtime import LlamaCppRuntime
 from mobilellm_jax.model.transformer import MobileLLM
 
 gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
@@ -58,9 +58,9 @@ EVERY_KIND = pytest.mark.parametrize("kind", list(KINDS))
 
 
 def write(path: Path, config=PLAIN, weight_type="F32", params=None, **options) -> Path:
-    options = {"tokenizer_model": load_model("trained"), "name": "small"} | options
-    params = random_params(config) if params is None else params
-    write_gguf(path, config, params, weight_type=weight_type, **options)
+    options = {"tokenizer_model": load_model("trained")} | options
+    name = options.pop("name", "small")
+    write_gguf(path, bundle(config, params, **options), weight_type=weight_type, name=name)
     return path
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from model_cases import random_params, tiny
+from model_cases import bundle, tiny
 from test_tokenizer_json import ADVERSARIAL, CONTROL_LITERALS, SAMPLE, load_model, read_lines, train
 
-from mobilellm_jax.conversion.gguf.export import write_gguf
-from mobilellm_jax.conversion.gguf.runtime import LlamaCppRuntime
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.export.gguf.export import write_gguf
+from mobilellm_jax.export.gguf.runtime import LlamaCppRuntime
 
 gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
 pytest.importorskip("llama_cpp", reason="the extra [gguf] is not installed")
@@ -23,8 +23,8 @@ def write(folder: Path, tokenizer_model: bytes) -> Path:
     """A file with the tokenizer and a model of no meaning."""
     vocab_size = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model).vocab_size()
     config, path = tiny(num_layers=1, vocab_size=vocab_size), folder / "model.gguf"
-    options = {"tokenizer_model": tokenizer_model, "weight_type": "F32", "name": "small"}
-    write_gguf(path, config, random_params(config), **options)
+    model = bundle(config, tokenizer_model=tokenizer_model)
+    write_gguf(path, model, weight_type="F32", name="small")
     return path
 
 

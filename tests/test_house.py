@@ -1,8 +1,9 @@
-"""The house: pins, light imports, a README that names every file."""
+"""The house: pins, light imports, rooms and the arrows between them."""
 
 import ast
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -131,25 +132,149 @@ def test_training_loads_no_other_framework_and_starts_no_backend(module):
     )
 
 
-def test_the_readme_names_every_file_of_the_package():
-    readme = (ROOT / "README.md").read_text()
-    files = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
-    missing = [path for path in files if not re.search(rf"\b{re.escape(path.name)}\b", readme)]
-    assert [str(path.relative_to(ROOT)) for path in missing] == []
+# Room -> the rooms that it may import, from the ground up: an arrow runs to a line above only. A
+# room is a folder of the package or a module at its top.
+ARROWS = {
+    "errors": "",
+    "tables": "",
+    "storage": "errors",
+    "model": "errors",
+    "machine": "errors",
+    "tokenizers": "errors storage",
+    "objectives": "model",
+    "model_bundle": "model tokenizers",
+    "data": "errors storage tokenizers",
+    "huggingface": "errors machine model model_bundle storage tokenizers",
+    "checkpoints": "errors huggingface model model_bundle storage tokenizers",
+    "inference": "checkpoints errors machine model model_bundle tokenizers",
+    "evaluation": "checkpoints data errors machine model model_bundle objectives",
+    "export": "checkpoints errors huggingface inference machine model model_bundle storage tables "
+    "tokenizers",
+    "training": "checkpoints data errors evaluation machine model objectives storage tokenizers",
+    "planning": "errors machine model storage tables training",
+    "cli": "data errors evaluation export inference machine planning training",
+    "__main__": "cli",
+}
+PHONES_AND_TORCH = {
+    *("torch", "transformers", "executorch", "pytorch_tokenizers", "gguf", "llama_cpp"),
+    *("litert_torch", "litert_lm", "litert_lm_builder", "ai_edge_litert"),
+}
 
 
-def test_the_rooms_import_one_way():
-    """The model knows nothing of data or training, and nobody but the command line of `cli`."""
-    for path in PACKAGE.rglob("*.py"):
-        inner = set(re.findall(r"mobilellm_jax\.(\w+)", "\n".join(import_lines(path))))
-        room = path.relative_to(PACKAGE).parts[0]
-        if room == "model":
-            assert inner <= {"model", "errors"}, path
-        if room == "data":
-            assert inner <= {"data", "errors", "files"}, path
-        if room not in ("cli.py", "__main__.py"):
-            assert "cli" not in inner, path
+def module_names(tree, package):
+    """Dotted names of all modules that a syntax tree imports, by statement or by string.
+
+    Args:
+      package: parts of the package that the file is in, for relative imports.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from re.findall(r"\Amobilellm_jax(?:\.\w+)+\Z", node.value)
 
 
-def import_lines(path):
-    return [line for line in path.read_text().splitlines() if re.match(r"\s*(import|from) ", line)]
+def broken_rules(package):
+    """What the table does not allow, in words; `package` is the folder of the package."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).parts
+        if parts == ("__init__.py",):
+            continue
+        room = parts[0].removesuffix(".py")
+        if room not in ARROWS:
+            found.append(f"{'/'.join(parts)} is in no room of the table")
+            continue
+        for name in set(module_names(ast.parse(path.read_text()), ("mobilellm_jax", *parts[:-1]))):
+            target = name.split(".")[1] if name.startswith("mobilellm_jax.") else None
+            if target in (None, room, "__version__"):
+                continue
+            if target not in ARROWS[room].split():
+                found.append(f"{'/'.join(parts)} imports {name}")
+    return found
+
+
+def test_rooms_import_only_what_stands_below_them():
+    assert broken_rules(PACKAGE) == []
+    assert {path.name.removesuffix(".py") for path in PACKAGE.iterdir()} - set(ARROWS) <= {
+        "__init__",
+        "__pycache__",
+    }
+
+
+def test_the_table_of_rooms_has_no_circle():
+    below = set()
+    for room, allowed in ARROWS.items():
+        assert set(allowed.split()) <= below, room
+        below.add(room)
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "said"),
+    [
+        ("model/presets.py", "XXX loading", "imports mobilellm_jax.checkpoints.loading"),
+        ("model/presets.py", "from mobilellm_jax import data", "imports mobilellm_jax.data"),
+        ("evaluation/report.py", "from mobilellm_jax.training.trainer import train", "trainer"),
+        ("evaluation/report.py", "from ..training import trainer", "mobilellm_jax.training"),
+        ("data/x.py", "importlib.import_module('mobilellm_jax.export.pytorch')", "export.pytorch"),
+        ("helpers.py", "", "helpers.py is in no room"),
+        ("attic/old.py", "", "attic/old.py is in no room"),
+    ],
+)
+def test_a_wrong_arrow_and_a_file_in_no_room_are_seen(tmp_path, file, line, said):
+    copy = tmp_path / "mobilellm_jax"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / file).parent.mkdir(exist_ok=True)
+    with (copy / file).open("a") as opened:
+        opened.write(f"\n{line}\n")
+    broken = broken_rules(copy)
+    assert broken and all(said in text for text in broken), broken
+
+
+def test_torch_and_the_runtimes_of_phones_are_imported_by_exports_alone():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).parts
+        if parts[0] != "export" and parts[:2] != ("huggingface", "remote_code"):
+            assert imported_modules([path]) & PHONES_AND_TORCH == set(), path
+
+
+@pytest.mark.parametrize(
+    ("module", "not_loaded"),
+    [("training.trainer", ["export", "huggingface", "inference"]), ("data.prepare", ["model"])],
+)
+def test_importing_a_room_loads_nothing_that_it_does_not_need(module, not_loaded):
+    loaded = run_python(
+        f"import sys, mobilellm_jax.{module}\n"
+        "print(*{n.split('.')[1] for n in sys.modules if n.startswith('mobilellm_jax.')})\n"
+    ).split()
+    assert set(loaded) & set(not_loaded) == set()
+
+
+def tree_of_files(text):
+    """Paths in the first code block of a text: the files of a folder are indented below it."""
+    block = text.split("```")[1]
+    paths, folders = set(), {}
+    for line in block.splitlines():
+        name = line.split("  ")[0].strip() if line.strip() else ""
+        names = re.match(r"(\s*)([\w./]+)", line)
+        if not names:
+            continue
+        depth, name = len(names[1]), names[2]
+        folders = {d: f for d, f in folders.items() if d < depth}
+        path = "".join(folders.values()) + name
+        if name.endswith("/"):
+            folders[depth] = name
+        elif name.endswith(".py"):
+            paths.add(path)
+    return paths
+
+
+def test_the_architecture_page_names_every_file_in_its_room():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    files = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
+    assert tree_of_files(text) == {path for path in files if not path.endswith("__init__.py")}

@@ -15,16 +15,25 @@ import chex
 import numpy as np
 import pytest
 import safetensors.numpy
-from hf_folders import TINY, VARIANTS, edit_config, edit_tensors, make_params, train_small_tokenizer
+from flax.traverse_util import flatten_dict
+from hf_folders import (
+    TINY,
+    VARIANTS,
+    edit_config,
+    edit_tensors,
+    load_hf,
+    make_params,
+    train_small_tokenizer,
+)
+from model_cases import save_params
 
-from mobilellm_jax.conversion import command
-from mobilellm_jax.conversion.huggingface import names as hf_names
-from mobilellm_jax.conversion.huggingface.folder import load_hf, load_hf_tokenizer, save_hf
+from mobilellm_jax.checkpoints.files import load_checkpoint
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.export import command
+from mobilellm_jax.huggingface import names as hf_names
+from mobilellm_jax.huggingface.folder import read_hf, save_hf
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.presets import PRESETS
-from mobilellm_jax.training.checkpoint_files import load_checkpoint
-from mobilellm_jax.training.checkpoints import save_params
 
 LOGIT_TOLERANCE = 1e-4
 BF16_RELATIVE_TOLERANCE = 2**-8
@@ -111,7 +120,7 @@ def test_values_stand_where_llama_has_them(tmp_path):
 def test_the_names_cover_the_whole_model():
     transformer = pytest.importorskip("mobilellm_jax.model.transformer")
     for config in VARIANTS.values():
-        expected = dict(hf_names.flatten(transformer.abstract_params(config)))
+        expected = flatten_dict(transformer.abstract_params(config))
         shapes = {weight.path: weight.shape(config) for weight in hf_names.weights(config)}
         assert shapes == {path: leaf.shape for path, leaf in expected.items()}
 
@@ -175,7 +184,7 @@ def test_transformers_loads_tokenizer_ids_and_generation_defaults(tmp_path, toke
     assert tokenizer("def main():")["input_ids"][0] == 1
     assert (model.config.bos_token_id, model.config.eos_token_id) == (1, 2)
     assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (1, 2)
-    assert load_hf_tokenizer(tmp_path / "m") == tokenizer_model
+    assert read_hf(tmp_path / "m").tokenizer.model_bytes == tokenizer_model
     load_hf(tmp_path / "m")
 
 
@@ -191,7 +200,7 @@ def test_round_trip_is_bitwise(variant, tmp_path):
     assert loaded_config == config
     chex.assert_trees_all_equal(loaded, params)
     chex.assert_trees_all_equal_dtypes(loaded, params)
-    assert load_hf_tokenizer(tmp_path / "model") is None
+    assert read_hf(tmp_path / "model").tokenizer is None
 
 
 def test_the_arrays_of_a_file_begin_at_a_multiple_of_8_bytes(tmp_path):
@@ -349,7 +358,7 @@ def test_convert_goes_there_and_back(tmp_path, capsys, tokenizer_model):
     run("--to", "hf", "--checkpoint", tmp_path / "run", "--output", output, "--no-verify")
     run("--from", "hf", "--input", tmp_path / "hf", "--output", tmp_path / "back")
     saved = load_checkpoint(tmp_path / "back")
-    assert (saved.config, saved.tokenizer_model) == (config, tokenizer_model)
+    assert (saved.config, saved.tokenizer.model_bytes) == (config, tokenizer_model)
     chex.assert_trees_all_equal(saved.params, params)
     printed = capsys.readouterr().out
     assert f"{output}/README.md" in printed and "each is stored 3 times" in printed
@@ -361,7 +370,7 @@ def test_convert_goes_there_and_back(tmp_path, capsys, tokenizer_model):
 
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys, mobilellm_jax.conversion.command; "
+        "import sys, mobilellm_jax.export.command; "
         "print([m for m in ('torch', 'transformers', 'jax', 'tokenizers') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -376,7 +385,7 @@ def test_nothing_heavy_is_imported():
 def test_full_size_round_trip_needs_the_weights_once(name, tmp_path):
     config = PRESETS[name]
     params = make_params(config)
-    size = sum(leaf.nbytes for _, leaf in hf_names.flatten(params))
+    size = sum(leaf.nbytes for leaf in flatten_dict(params).values())
     tracemalloc.start()
     save_hf(tmp_path / "model", config, params)
     saving = tracemalloc.get_traced_memory()[1]

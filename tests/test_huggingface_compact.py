@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from conversion_cases import EVERY_KIND, TOKENS, assert_same_logits, jax_logits
-from hf_folders import edit_config, edit_tensors, train_small_tokenizer
+from hf_folders import edit_config, edit_tensors, load_hf, train_small_tokenizer
 from model_cases import ALL_KINDS, random_params, tiny
 
-from mobilellm_jax.conversion.huggingface.folder import load_hf, save_hf
-from mobilellm_jax.conversion.huggingface.runtime import TransformersRuntime
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.config import count_params
+from mobilellm_jax.export.transformers_runtime import TransformersRuntime
+from mobilellm_jax.huggingface.folder import save_hf
+from mobilellm_jax.model.costs import count_params
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -84,7 +84,7 @@ def test_transformers_gives_the_logits_of_jax_cached_or_not(kind, folders):
 def test_the_cache_has_as_many_layers_as_the_config_says(kind, folders):
     config, model = ALL_KINDS[kind], load_model(folders(kind))
     cache = model(torch.from_numpy(TOKENS)).past_key_values
-    assert len(cache) == config.num_layers * config.num_cached_visits
+    assert len(cache) == config.num_cache_slots
     assert len(cache) == model.config.num_hidden_layers
     assert all(layer.keys.shape[2] == TOKENS.shape[1] for layer in cache.layers)
 
@@ -331,12 +331,12 @@ def test_the_runtime_encodes_like_sentencepiece_and_does_not_stop_at_eos(
     params = random_params(config)
     save_hf(tmp_path / "m", config, params, form="compact", tokenizer_model=tokenizer_model)
     runtime = TransformersRuntime(tmp_path / "m")
-    from mobilellm_jax.data.tokenizer import Tokenizer
+    from mobilellm_jax.tokenizers.sentencepiece import SentencePieceTokenizer
 
     questions = []
     monkeypatch.setattr("builtins.input", questions.append)
     for text in ("def main():", "  two  spaces\n", "\u00e9\u2603"):
-        assert runtime.encode(text) == Tokenizer(tokenizer_model).encode(text)
+        assert runtime.encode(text) == SentencePieceTokenizer(tokenizer_model).encode(text)
     assert (
         runtime.name == f"transformers {transformers.__version__}" and runtime.context_length == 64
     )

@@ -16,14 +16,15 @@ from hf_folders import (
     VARIANTS,
     edit_config,
     edit_tensors,
+    load_hf,
     make_params,
     shard,
     train_small_tokenizer,
     write_index,
 )
 
-from mobilellm_jax.conversion.huggingface.folder import load_hf, load_hf_tokenizer, save_hf
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.huggingface.folder import read_hf, save_hf
 from mobilellm_jax.model.config import ModelConfig
 
 NUM_CHECKED_MUTATIONS = 400
@@ -286,7 +287,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(saved, tokenizer_mode
         load_hf(saved)
     (saved / "tokenizer.model").write_bytes(b"garbage")
     with pytest.raises(UserError, match="tokenizer.model"):
-        load_hf_tokenizer(saved)
+        read_hf(saved)
 
 
 # ---------------------------------------------------------------- damage

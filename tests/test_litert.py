@@ -10,18 +10,18 @@ import jax
 import numpy as np
 import pytest
 import sentencepiece
-from model_cases import random_params, tiny
+from model_cases import bundle, random_params, tiny
 from test_tokenizer_json import ADVERSARIAL, CONTROL_LITERALS, SAMPLE, load_model, read_lines, train
 
-from mobilellm_jax.conversion.litert import export
-from mobilellm_jax.conversion.litert import runtime as litert_runtime
-from mobilellm_jax.conversion.litert.export import write_litertlm
-from mobilellm_jax.conversion.litert.runtime import LiteRtLmRuntime
-from mobilellm_jax.conversion.verification import compare_logits
-from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.config import count_params
+from mobilellm_jax.export.litert import export
+from mobilellm_jax.export.litert import runtime as litert_runtime
+from mobilellm_jax.export.litert.export import write_litertlm
+from mobilellm_jax.export.litert.runtime import LiteRtLmRuntime
+from mobilellm_jax.export.verification import compare_logits
+from mobilellm_jax.model.costs import count_params
 from mobilellm_jax.model.transformer import MobileLLM
+from mobilellm_jax.tokenizers.sentencepiece import SentencePieceTokenizer
 
 MISSING = "the extra [litert] is not installed"
 litert_lm = pytest.importorskip("litert_lm", reason=MISSING)
@@ -76,12 +76,10 @@ def params_of(kind):
 
 
 def write(path, config, params, **options):
-    options = {
-        "tokenizer_model": load_model("trained"),
-        "weight_type": "fp32",
-        "context_length": CONTEXT,
-    } | options
-    write_litertlm(path, config, params, **options)
+    options = {"tokenizer_model": load_model("trained")} | options
+    settings = {"weight_type": "fp32", "context_length": CONTEXT}
+    settings |= {name: options.pop(name) for name in settings if name in options}
+    write_litertlm(path, bundle(config, params, **options), **settings)
 
 
 def path_of(folder, name):
@@ -272,7 +270,7 @@ def open_tokenizer(folder, tmp_path_factory):
     @functools.cache
     def make(name):
         parts = tmp_path_factory.mktemp("parts")
-        ours = Tokenizer(load_model(name))
+        ours = SentencePieceTokenizer(load_model(name))
         model = litert_runtime._model_section(path_of(folder, "reverse-mha"))
         (parts / "tflite").write_bytes(model)
         (parts / "spiece").write_bytes(ours.model_bytes)

@@ -10,11 +10,12 @@ import chex
 import numpy as np
 import pytest
 
+from mobilellm_jax.data.dataset import Dataset
 from mobilellm_jax.data.loader import RecordOrder, eval_batches, open_split, train_batches
 from mobilellm_jax.data.packing import SplitWriter
 from mobilellm_jax.data.records import SPLITS, DatasetHeader
-from mobilellm_jax.data.tokenizer import train_tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.tokenizers.sentencepiece import train_tokenizer
 
 TEXT = "one two three four five six seven eight nine ten\n" * 5
 T = 16
@@ -61,7 +62,7 @@ def dataset(tmp_path_factory):
 
 def _train(dataset, **settings):
     settings = {"seed": 3, "global_batch_size": 8, "sequence_length": T, "num_steps": 12} | settings
-    return train_batches([(dataset, 1.0)], **settings)
+    return train_batches([(Dataset.open(dataset), 1.0)], **settings)
 
 
 # The order ----------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def test_a_mixture_of_datasets_is_read_from_both(tmp_path):
     paths = [_write_dataset(tmp_path / n, 30, first=f) for n, f in [("a", 0), ("b", 100)]]
     weights = (3.0, 1.0)
     batches = train_batches(
-        list(zip(paths, weights, strict=True)),
+        list(zip(map(Dataset.open, paths), weights, strict=True)),
         seed=0,
         global_batch_size=8,
         sequence_length=T,
@@ -199,7 +200,7 @@ def test_a_mixture_of_datasets_is_read_from_both(tmp_path):
 
 
 def test_evaluation_reads_every_record_once_in_order_and_pads_the_last_batch(dataset):
-    batches = list(eval_batches(dataset, "valid", batch_size=4))
+    batches = list(eval_batches(open_split(dataset, "valid"), batch_size=4))
     assert len(batches) == 3
     chex.assert_shape([batch["inputs"] for batch in batches], (4, T))
     weights = np.concatenate([batch["loss_weights"] for batch in batches])
@@ -207,14 +208,14 @@ def test_evaluation_reads_every_record_once_in_order_and_pads_the_last_batch(dat
     first = np.concatenate([batch["inputs"][:, 0] for batch in batches])
     assert first[:10].tolist() == list(range(10))
     assert batches[-1]["segment_ids"][2:].sum() == 0
-    limited = list(eval_batches(dataset, "valid", batch_size=4, max_records=5))
+    limited = list(eval_batches(open_split(dataset, "valid"), batch_size=4, max_records=5))
     assert sum(batch["loss_weights"].sum() for batch in limited) == 5 * T
 
 
 def test_evaluation_on_two_hosts_sees_the_same_records(dataset):
-    whole = list(eval_batches(dataset, "valid", batch_size=8))
+    whole = list(eval_batches(open_split(dataset, "valid"), batch_size=8))
     parts = [
-        list(eval_batches(dataset, "valid", batch_size=8, rows=rows))
+        list(eval_batches(open_split(dataset, "valid"), batch_size=8, rows=rows))
         for rows in (range(4), range(4, 8))
     ]
     assert len(whole) == len(parts[0]) == len(parts[1]) == 2
@@ -248,19 +249,21 @@ def test_datasets_that_do_not_go_together_are_both_named(tmp_path, other, messag
     first = _write_dataset(tmp_path / "a", 10)
     second = _write_dataset(tmp_path / "b", 10, **other)
     with pytest.raises(UserError, match=message):
-        train_batches([(first, 1.0), (second, 1.0)], seed=0, global_batch_size=2, sequence_length=T)
+        datasets = [(Dataset.open(first), 1.0), (Dataset.open(second), 1.0)]
+        train_batches(datasets, seed=0, global_batch_size=2, sequence_length=T)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_weight_must_be_a_positive_number(dataset, weight):
     with pytest.raises(UserError, match="weight .* must be"):
-        train_batches([(dataset, weight)], seed=0, global_batch_size=2, sequence_length=T)
+        datasets = [(Dataset.open(dataset), weight)]
+        train_batches(datasets, seed=0, global_batch_size=2, sequence_length=T)
 
 
 def test_a_missing_split_or_dataset_is_explained(tmp_path):
     folder = _write_dataset(tmp_path / "d", 4)
     with pytest.raises(UserError, match="no 'valid' split, only 'train'"):
-        eval_batches(folder, "valid", batch_size=2)
+        eval_batches(open_split(folder, "valid"), batch_size=2)
     with pytest.raises(UserError, match="nowhere: not a finished dataset"):
         open_split(tmp_path / "nowhere", "train")
     with pytest.raises(UserError, match="no dataset"):

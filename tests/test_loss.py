@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from model_cases import tiny
 
-from mobilellm_jax.model.vocabulary import make_table
-from mobilellm_jax.training import loss, sharding
-from mobilellm_jax.training.loss import num_slices
+from mobilellm_jax.objectives import cross_entropy as loss
+from mobilellm_jax.objectives.cross_entropy import num_slices
+from mobilellm_jax.objectives.embedding_gradient import BatchShards, sharded_grad_table
+from mobilellm_jax.training import sharding
 from mobilellm_jax.training.run_config import default_config
 
 RTOL = 1e-5
@@ -23,10 +24,9 @@ TARGETS = jnp.asarray(RNG.integers(0, V, (B, T)))
 WEIGHTS = jnp.asarray(RNG.random((B, T)) * (RNG.random((B, T)) > 0.3), jnp.float32)
 
 
-def cross_entropy_sum(hidden, head_VD, targets, weights, slices):
-    return loss.cross_entropy_sum(
-        hidden, make_table(head_VD, hidden.dtype), targets, weights, slices
-    )
+def cross_entropy_sum(hidden, head_VD, targets, weights, slices, shards=BatchShards()):
+    table = sharded_grad_table(head_VD, hidden.dtype, shards)
+    return loss.cross_entropy_sum(hidden, table, targets, weights, slices)
 
 
 def plain_loss(hidden, head):
@@ -124,16 +124,17 @@ def test_slices_of_a_sharded_batch_do_not_each_reduce_the_head_gradient(devices)
     settings.data, settings.fsdp = 8, 1
     mesh = sharding.make_mesh(settings, tiny())
     rows = jax.NamedSharding(mesh, P("data"))
+    shards = sharding.batch_shards(mesh)
     with sharding.on_mesh(mesh):
         step = jax.jit(
             jax.grad(cross_entropy_sum, (0, 1)),
-            static_argnums=4,
+            static_argnums=(4, 5),
             in_shardings=(rows, sharding.replicated(mesh), rows, rows),
             out_shardings=(rows, sharding.replicated(mesh)),
         )
         args = [np.tile(x, (4,) + (1,) * (x.ndim - 1)) for x in (HIDDEN, TARGETS, WEIGHTS)]
-        compiled = step.lower(args[0], HEAD, *args[1:], 4).compile()
-        grads = step(args[0], HEAD, *args[1:], 4)
+        compiled = step.lower(args[0], HEAD, *args[1:], 4, shards).compile()
+        grads = step(args[0], HEAD, *args[1:], 4, shards)
     loops = set(re.findall(r"body=%?([\w.]+)", compiled.as_text()))
     assert loops
     computations = re.split(r"\n(?=%|ENTRY)", compiled.as_text())

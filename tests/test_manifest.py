@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mobilellm_jax.files import write_file
-from mobilellm_jax.training import manifest
-from mobilellm_jax.training.manifest import MANIFEST_NAME, find_damage, write_manifest
+from mobilellm_jax.storage import manifest
+from mobilellm_jax.storage.atomic import write_file
+from mobilellm_jax.storage.manifest import MANIFEST_NAME, find_damage, write_manifest
 
 STEP = 7
 

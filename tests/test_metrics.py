@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from mobilellm_jax.training import hardware, metrics
+from mobilellm_jax.machine import hardware
+from mobilellm_jax.training import metrics
 from mobilellm_jax.training.metrics import MetricsLog, plot_loss, read_metrics
 
 REL = 1e-9  # of numbers computed in float64 from the fake clock

@@ -10,8 +10,9 @@ from model_cases import ALL_KINDS, random_params, tiny
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.attention import apply_rope, rope_tables
+from mobilellm_jax.model.execution import Execution
 from mobilellm_jax.model.layers import RMSNorm
-from mobilellm_jax.model.transformer import Execution, MobileLLM, init_params
+from mobilellm_jax.model.transformer import MobileLLM, init_params
 
 LOGITS_ATOL = 2e-5  # fp32 against float64, logits of order 1 to 10
 SAME_MATHS_ATOL = 1e-5  # two orders of the same fp32 operations

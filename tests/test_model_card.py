@@ -6,12 +6,8 @@ import pytest
 from hf_folders import train_small_tokenizer
 from model_cases import random_params, tiny
 
-from mobilellm_jax.conversion.huggingface.folder import (
-    load_hf_chat_template,
-    load_hf_metadata,
-    save_hf,
-)
-from mobilellm_jax.model.config import count_params
+from mobilellm_jax.huggingface.folder import read_hf, save_hf
+from mobilellm_jax.model.costs import count_params
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 
@@ -42,16 +38,15 @@ def test_a_chat_template_is_applied_by_transformers_and_comes_back(tmp_path, tok
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         assert text == "[user] Hi\n[assistant] Ho\n"
-        assert load_hf_chat_template(tmp_path / "m") == TEMPLATE
-        assert load_hf_metadata(tmp_path / "m") == {"step": 7, "chat_template": TEMPLATE}
+        assert read_hf(tmp_path / "m").to_record() == {"step": 7, "chat_template": TEMPLATE}
         if file:
             (tmp_path / "m" / file).unlink()
+            (tmp_path / "m" / "SHA256SUMS").unlink()
     save_hf(tmp_path / "plain", config, random_params(config), tokenizer_model=tokenizer_model)
-    assert load_hf_chat_template(tmp_path / "plain") is None
-    assert load_hf_metadata(tmp_path / "plain") == {}
+    assert read_hf(tmp_path / "plain").to_record() == {}
     # A folder of others whose tokenizer we cannot read, so that only the template comes along.
     save_hf(tmp_path / "x", config, random_params(config), chat_template=TEMPLATE)
-    assert load_hf_chat_template(tmp_path / "x") == TEMPLATE
+    assert read_hf(tmp_path / "x").prompt.chat_template == TEMPLATE
 
 
 def test_a_tokenizer_that_puts_no_bos_in_front_is_believed(tmp_path, tokenizer_model):
@@ -59,13 +54,14 @@ def test_a_tokenizer_that_puts_no_bos_in_front_is_believed(tmp_path, tokenizer_m
     save_hf(tmp_path, config, random_params(config), tokenizer_model=tokenizer_model)
     file = tmp_path / "tokenizer_config.json"
     file.write_text(file.read_text().replace('"add_bos_token": true', '"add_bos_token": false'))
-    assert load_hf_metadata(tmp_path) == {"bos": False}
+    (tmp_path / "SHA256SUMS").unlink()
+    assert read_hf(tmp_path).to_record() == {"bos": False}
     # But not against the record of the training.
     config_file = tmp_path / "config.json"
     values = json.loads(config_file.read_text())
     values["mobilellm"]["provenance"] = {"bos": True}
     config_file.write_text(json.dumps(values))
-    assert load_hf_metadata(tmp_path) == {"bos": True}
+    assert read_hf(tmp_path).to_record() == {"bos": True}
 
 
 def card_of(folder) -> str:

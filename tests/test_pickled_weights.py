@@ -11,10 +11,10 @@ import chex
 import numpy as np
 import pytest
 import safetensors.torch
-from hf_folders import TINY, edit_config, make_params
+from hf_folders import TINY, edit_config, load_hf, make_params
 
-from mobilellm_jax.conversion.huggingface.folder import load_hf, save_hf
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.huggingface.folder import save_hf
 
 torch = pytest.importorskip("torch")
 

@@ -9,6 +9,7 @@ from model_cases import tiny
 
 from mobilellm_jax import cli
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.machine.hardware import PeakFlops
 from mobilellm_jax.model.presets import PRESETS
 from mobilellm_jax.planning import plan as plan_module
 from mobilellm_jax.planning import search as searching
@@ -16,7 +17,6 @@ from mobilellm_jax.planning import topologies
 from mobilellm_jax.planning.plan import make_plan
 from mobilellm_jax.planning.report import Budget, plan_dict, plan_text, read_plan
 from mobilellm_jax.planning.topologies import PLATFORMS, Chip, Topology, topology
-from mobilellm_jax.training.hardware import PeakFlops
 from mobilellm_jax.training.run_config import default_config, load_config
 
 CHIP = Chip("cuda", 1 << 30, 1e11, 1e10, 1e9)

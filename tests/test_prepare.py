@@ -15,8 +15,8 @@ from prepared import DOCUMENTS, files_in, make_documents, run_prepare, stream, t
 
 from mobilellm_jax.data import command, sources, splits
 from mobilellm_jax.data.loader import open_split
-from mobilellm_jax.data.tokenizer import Tokenizer, train_tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.tokenizers.sentencepiece import SentencePieceTokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT / ".." / "shared" / "data"
@@ -36,7 +36,7 @@ def model(tmp_path_factory) -> Path:
 def test_the_records_hold_exactly_the_tokens_of_all_documents(tmp_path, model, bos, eos):
     path = write_lines(tmp_path / "a.jsonl")
     header = run_prepare([path], tmp_path / "out", tokenizer=model, bos=bos, eos=eos)
-    tokenizer = Tokenizer.load(model)
+    tokenizer = SentencePieceTokenizer.load(model)
     expected = [i for text in DOCUMENTS for i in tokenizer.encode(text, bos=bos, eos=eos)]
     assert stream(tmp_path / "out") == expected
     split = header.splits["train"]
@@ -55,7 +55,7 @@ def test_document_starts_are_where_the_bos_tokens_are(tmp_path, model):
 
 
 def test_one_and_two_workers_write_the_same_bytes(tmp_path, model, monkeypatch):
-    monkeypatch.setattr("mobilellm_jax.data.splits.BLOCK_BYTES", 2000)  # many small batches
+    monkeypatch.setattr("mobilellm_jax.data.encoding.BLOCK_BYTES", 2000)  # many small batches
     monkeypatch.setattr("mobilellm_jax.data.prepare.BLOCK_BYTES", 2000)
     monkeypatch.setattr("mobilellm_jax.data.sources.BLOCK_BYTES", 500)  # documents in blocks
     write_lines(tmp_path / "a.jsonl", make_documents(300))
@@ -81,7 +81,7 @@ def test_blocks_of_a_long_text_share_one_bos_and_one_eos(tmp_path, model, monkey
         tokens = stream(tmp_path / f"{name}.out")
         assert (tokens.count(1), tokens.count(2)) == (1, 1)
         assert header.splits["train"].num_documents == 1
-        assert Tokenizer.load(model).decode(tokens) == text
+        assert SentencePieceTokenizer.load(model).decode(tokens) == text
 
 
 def test_a_tokenizer_is_trained_where_none_is_given(tmp_path):
@@ -200,7 +200,7 @@ def test_a_fraction_of_a_single_text_is_its_end(tmp_path, model, name):
     data = bz2.compress(text.encode()) if name.endswith("bz2") else text.encode()
     (tmp_path / name).write_bytes(data)
     header = run_prepare([tmp_path / name], tmp_path / "out", tokenizer=model, valid_fraction=0.1)
-    tokenizer = Tokenizer.load(model)
+    tokenizer = SentencePieceTokenizer.load(model)
     head, tail = (tokenizer.decode(stream(tmp_path / "out", s)) for s in ("train", "valid"))
     assert head + tail == text and head.endswith("\n")
     size = len(text.encode())
@@ -215,7 +215,7 @@ def test_a_cut_at_the_end_of_a_block_begins_a_document(tmp_path, model, monkeypa
     path = tmp_path / "a.txt"
     path.write_text(text)
     header = run_prepare([path], tmp_path / "out", tokenizer=model, valid_fraction=0.3)
-    tokenizer = Tokenizer.load(model)
+    tokenizer = SentencePieceTokenizer.load(model)
     streams = [stream(tmp_path / "out", split) for split in ("train", "valid")]
     assert "".join(map(tokenizer.decode, streams)) == text
     for tokens, split in zip(streams, header.splits.values(), strict=True):

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 from prepared import DOCUMENTS, files_in, make_documents, run_prepare, write_lines
 
-from mobilellm_jax import files
 from mobilellm_jax.data import encoding, packing
 from mobilellm_jax.data.loader import open_split
 from mobilellm_jax.data.records import DatasetHeader
-from mobilellm_jax.data.tokenizer import train_tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage import atomic as files
+from mobilellm_jax.tokenizers.sentencepiece import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -168,7 +168,10 @@ def test_the_tokenizer_is_on_the_disk_before_the_header(tmp_path, model, monkeyp
     settings = {"vocab_size": 300} if trained else {"tokenizer": model}
     run_prepare([path], tmp_path / "out", **settings)
     found = [name for name in synced if not name.endswith("array_record")]
-    assert found == [".tokenizer.model.tmp", "out.partial", "dataset.json.tmp", "out.partial"]
+    assert found[:4] == [".tokenizer.model.tmp", "out.partial", ".dataset.json.tmp", "out.partial"]
+    # Then all of it once more, and the folder that it gets its name in.
+    assert sorted(found[4:-2]) == ["dataset.json", "tokenizer.model"]
+    assert found[-2:] == ["out.partial", tmp_path.name]
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
@@ -205,7 +208,7 @@ def test_lost_records_are_noticed_when_a_shard_is_closed(tmp_path, model, monkey
 
 _SLOW_PREPARE = """
 import signal, sys, time
-from mobilellm_jax.data import prepare, sources, splits
+from mobilellm_jax.data import encoding, prepare, sources
 if __name__ == "__main__":
     # As in a terminal: in the background of a script SIGINT is ignored, and that is inherited.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -217,7 +220,7 @@ if __name__ == "__main__":
                 time.sleep(600)
             yield document
     sources.Source.documents = slow
-    prepare.BLOCK_BYTES = splits.BLOCK_BYTES = 500
+    prepare.BLOCK_BYTES = encoding.BLOCK_BYTES = 500
     prepare.prepare([sys.argv[1]], sys.argv[2], tokenizer=sys.argv[3], sequence_length=32,
                     num_workers=2, records_per_shard=4, progress=False)
 """
@@ -303,7 +306,7 @@ def _die(_items):
 
 
 def test_a_dead_worker_is_an_error_and_no_hang(tmp_path, model, monkeypatch):
-    monkeypatch.setattr("mobilellm_jax.data.splits.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("mobilellm_jax.data.encoding.BLOCK_BYTES", 2000)
     monkeypatch.setattr("mobilellm_jax.data.prepare.BLOCK_BYTES", 2000)
     monkeypatch.setattr(encoding, "_encode_in_worker", _die)
     path = write_lines(tmp_path / "a.jsonl")

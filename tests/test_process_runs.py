@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mobilellm_jax import load
-from mobilellm_jax.training.checkpoint_files import load_checkpoint
+from mobilellm_jax.checkpoints.files import load_checkpoint
 from mobilellm_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +103,7 @@ def test_a_signal_to_one_saves_in_all_and_other_numbers_and_meshes_go_on(home, o
         stops = {re.search(r"stopped by a signal, step (\d+)", run.output(i))[1] for i in range(4)}
     (stop,) = map(int, stops)
     assert 20 <= stop < 90 and "SIGTERM: saving" in run.output(2)
-    assert load_checkpoint(home / "many").metadata["step"] == stop
+    assert load_checkpoint(home / "many").provenance.step == stop
 
     arguments = ["--config.mesh.fsdp=4", "--config.checkpoint.every_steps=5"]
     with faults.Run(home, "many", 2, 2, *arguments) as run:
@@ -183,7 +183,7 @@ def test_a_process_that_lives_but_hangs_is_noticed_and_found(home):
 
 
 SLOW_SAVE = """
-from mobilellm_jax.training import checkpoints
+from mobilellm_jax.checkpoints import store as checkpoints
 
 def write_manifest(*arguments, original=checkpoints.write_manifest):
     time.sleep(8)
@@ -200,5 +200,5 @@ def test_a_last_save_that_takes_longer_than_a_stall_is_waited_for(home, tmp_path
         run.wait_for(r"step +5/")
         run.processes[1].send_signal(signal.SIGTERM)
         assert run.statuses() == [0, 0], run.output(0) + run.output(1)
-    step = load_checkpoint(tmp_path / "slow").metadata["step"]
+    step = load_checkpoint(tmp_path / "slow").provenance.step
     assert f"step {step} is saved" in run.output(0)

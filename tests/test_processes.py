@@ -14,10 +14,14 @@ import jax
 import pytest
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.training.peers import Peers, differences, flatten, missing_at_barrier
-from mobilellm_jax.training.process_flags import add_arguments, check_flags
-from mobilellm_jax.training.processes import arrival_message
-from mobilellm_jax.training.stopping import StopRequest, stop_signals
+from mobilellm_jax.machine.coordination import (
+    RunCoordination,
+    differences,
+    missing_at_barrier,
+)
+from mobilellm_jax.machine.process_flags import add_arguments, check_flags
+from mobilellm_jax.machine.processes import arrival_message
+from mobilellm_jax.machine.signals import StopRequest, stop_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,8 +97,8 @@ def test_a_missing_coordinator_is_named_and_other_texts_are_shown_as_they_are():
 
 
 def test_differences_name_the_key_and_both_values():
-    here = flatten({"config": {"seed": 1, "mesh": {"data": -1}}, "only": True})
-    there = flatten({"config": {"seed": 2, "mesh": {"data": -1}}, "more": "x"})
+    here = {"config": {"seed": 1, "mesh": {"data": -1}}, "only": True}
+    there = {"config": {"seed": 2, "mesh": {"data": -1}}, "more": "x"}
     assert differences(here, there) == [
         ("config.seed", "1", "2"),
         ("only", "True", "nothing"),
@@ -129,7 +133,7 @@ class Store:
 
 def make_peers(num_processes, **settings):
     store = Store(num_processes)
-    peers = [Peers(**settings) for _ in range(num_processes)]
+    peers = [RunCoordination(**settings) for _ in range(num_processes)]
     for number, peer in enumerate(peers):
         peer.process, peer.num_processes, peer._client = number, num_processes, store
     return peers
@@ -259,7 +263,7 @@ def test_only_a_lost_contact_ends_the_process_from_inside_the_steps(text, ends, 
 
 def test_alone_nothing_is_compared_watched_or_awaited():
     before = threading.active_count()
-    with Peers() as peers, peers.contact():
+    with RunCoordination() as peers, peers.contact():
         peers.agree({"anything": object})
         peers.done(1)
         assert threading.active_count() == before
@@ -282,10 +286,10 @@ def test_the_first_signal_asks_and_the_second_acts_as_usual(capfd):
 
 JOIN = """
 import argparse, signal, sys, time
-from mobilellm_jax.training.process_flags import add_arguments
+from mobilellm_jax.machine.process_flags import add_arguments
 parser = argparse.ArgumentParser()
 add_arguments(parser)
-from mobilellm_jax.training.processes import joined
+from mobilellm_jax.machine.processes import joined
 start = time.monotonic()
 with joined(parser.parse_args()):
     took = time.monotonic() - start

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 from mobilellm_jax.data import packing
+from mobilellm_jax.data.dataset import Dataset
 from mobilellm_jax.data.loader import open_split
 from mobilellm_jax.data.packing import SplitWriter
 from mobilellm_jax.data.records import (
+    MASKED_FORMAT,
+    PLAIN_FORMAT,
     DatasetHeader,
     SourceFile,
     checksum_seed,
@@ -22,8 +25,8 @@ from mobilellm_jax.data.records import (
     encode_record,
     token_dtype,
 )
-from mobilellm_jax.data.tokenizer import train_tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.tokenizers.sentencepiece import train_tokenizer
 
 TEXT = "one two three four five six seven eight nine ten\n" * 5
 
@@ -183,7 +186,7 @@ def test_a_full_disk_is_told_from_a_broken_one(tmp_path, monkeypatch, problem, c
 
 def test_a_header_survives_saving_and_loading(tmp_path):
     header = _write_dataset(tmp_path / "d", [list(range(100))], records_per_shard=7)
-    assert DatasetHeader.load(tmp_path / "d") == header
+    assert Dataset.open(tmp_path / "d").header == header
     header.verify_shards(tmp_path / "d")
 
 
@@ -211,7 +214,7 @@ def _edit_shard(**changes):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (_edit(format_version=2), "format_version is 2"),
+        (_edit(format_version=3), "format_version is 3"),
         (_edit(sequence_length="4"), "sequence_length is '4'"),
         (_edit(sequence_length=0), "sequence_length 0"),
         (_edit(vocab_size=281), "vocab_size 281, but the tokenizer has 280"),
@@ -238,7 +241,7 @@ def test_a_wrong_entry_of_the_header_is_named(tmp_path, edit, message):
     values["header_sha256"] = hashlib.sha256(content).hexdigest()
     path.write_text(json.dumps(values))
     with pytest.raises(UserError, match=message) as error:
-        DatasetHeader.load(tmp_path / "d")
+        Dataset.open(tmp_path / "d")
     assert str(tmp_path / "d") in str(error.value)
 
 
@@ -252,7 +255,7 @@ def test_none_of_500_random_damages_of_the_header_is_silent(tmp_path):
             data[rng.randrange(len(data))] = rng.randrange(256)
         path.write_bytes(data[: rng.choice([len(data), rng.randrange(len(data))])])
         try:
-            assert DatasetHeader.load(tmp_path / "d") == header  # a changed space means nothing
+            assert Dataset.open(tmp_path / "d").header == header  # a changed space means nothing
         except UserError:
             continue
 
@@ -261,7 +264,7 @@ def test_none_of_500_random_damages_of_the_header_is_silent(tmp_path):
 def test_a_header_that_is_no_header_is_refused(tmp_path, content):
     (tmp_path / "dataset.json").write_bytes(content)
     with pytest.raises(UserError, match="dataset.json"):
-        DatasetHeader.load(tmp_path)
+        Dataset.open(tmp_path)
 
 
 def test_a_missing_or_resized_file_is_noticed(tmp_path):
@@ -270,16 +273,37 @@ def test_a_missing_or_resized_file_is_noticed(tmp_path):
     data = shard.read_bytes()
     shard.write_bytes(data[:-1])
     with pytest.raises(UserError, match="train-00000.*truncated"):
-        DatasetHeader.load(tmp_path / "d")
+        Dataset.open(tmp_path / "d")
     shard.unlink()
     with pytest.raises(UserError, match="train-00000.*cannot read"):
-        DatasetHeader.load(tmp_path / "d")
+        Dataset.open(tmp_path / "d")
     shard.write_bytes(data)
     (tmp_path / "d" / "tokenizer.model").unlink()
     with pytest.raises(UserError, match="tokenizer.model"):
-        DatasetHeader.load(tmp_path / "d")
+        Dataset.open(tmp_path / "d")
 
 
 def test_an_unfinished_folder_is_no_dataset(tmp_path):
     with pytest.raises(UserError, match="not a finished dataset"):
-        DatasetHeader.load(tmp_path)
+        Dataset.open(tmp_path)
+
+
+# The loss mask: format 2.
+
+
+def test_a_loss_mask_survives_encoding_and_decoding_and_a_flipped_bit_is_noticed():
+    settings = {"sequence_length": 10, "vocab_size": 300, "seed": 7}
+    tokens, mask = np.arange(9), np.array([0, 1, 1, 0, 0, 1, 0, 1, 1], bool)
+    data = encode_record(tokens, np.array([0, 4]), loss_mask=mask, **settings)
+    plain = encode_record(tokens, np.array([0, 4]), **settings)
+    assert data[4:-2] == plain[4:] and data[-2:] == bytes([0b10100110, 0b1])
+    record = decode_record(data, format_version=MASKED_FORMAT, **settings)
+    assert record.loss_mask.tolist() == [*mask.tolist(), False, False]
+    assert record.tokens[:9].tolist() == tokens.tolist() and record.starts.tolist() == [0, 4]
+    assert decode_record(plain, **settings).loss_mask is None
+    for version, content in ((MASKED_FORMAT, plain), (PLAIN_FORMAT, data)):
+        with pytest.raises(UserError, match="do not agree with sequence_length 10"):
+            decode_record(content, format_version=version, **settings)
+    flipped = data[:-1] + bytes([data[-1] ^ 0b10])
+    with pytest.raises(UserError, match="wrong checksum"):
+        decode_record(flipped, format_version=MASKED_FORMAT, **settings)

@@ -36,7 +36,7 @@ def run_config(model=MODEL, mesh=(1, 1, 1), gather="step", **execution):
 
 def make_program(config, devices=None):
     model = dataclasses.replace(MODEL, **config.model.to_dict())
-    return TrainProgram(config, sharding.make_mesh(config.mesh, model, devices), T)
+    return TrainProgram(config, model, sharding.make_mesh(config.mesh, model, devices), T)
 
 
 def make_batch(vocab_size):
@@ -59,7 +59,7 @@ def train(program):
     state = jax.device_put(state, program.state_shardings)
     compiled, losses = program.lower().compile(), []
     for _ in range(STEPS):
-        batch = program.on_devices(make_batch(program.model.vocab_size), B)
+        batch = program.device_batch(make_batch(program.model.vocab_size), B)
         state, metrics = compiled(state, batch)
         losses.append(float(metrics["loss"]))
     return state, np.array(losses)
@@ -211,6 +211,6 @@ def test_a_process_loads_the_rows_of_its_own_devices(devices):
     program = make_program(run_config(mesh=(2, 2, 2)))
     assert program.local_rows(B).tolist() == list(range(B))
     batch = {"inputs": np.arange(B * T, dtype=np.int32).reshape(B, T)}
-    placed = program.on_devices(batch, B)["inputs"]
+    placed = program.device_batch(batch, B)["inputs"]
     chex.assert_trees_all_equal(np.asarray(placed), batch["inputs"])
     assert {shard.data.shape for shard in placed.addressable_shards} == {(B // 4, T)}

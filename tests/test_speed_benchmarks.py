@@ -19,7 +19,7 @@ from benchmarks.speed.__main__ import main
 from benchmarks.speed.columns import result_table
 from benchmarks.speed.measure import Side, Workload, compare, run_alone
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.config import train_flops_per_token
+from mobilellm_jax.model.costs import train_flops_per_token
 from mobilellm_jax.model.presets import PRESETS
 from mobilellm_jax.model.transformer import abstract_params
 from mobilellm_jax.training.optimizer import learning_rate_schedule

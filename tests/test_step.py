@@ -7,18 +7,12 @@ import numpy as np
 import pytest
 from model_cases import random_params, tiny
 
-from mobilellm_jax.model.transformer import Execution, MobileLLM
+from mobilellm_jax.model.execution import Execution, cast_for_compute
+from mobilellm_jax.model.transformer import MobileLLM
+from mobilellm_jax.objectives.next_token import loss_sum, make_eval_step
 from mobilellm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from mobilellm_jax.training.run_config import default_config
-from mobilellm_jax.training.step import (
-    TrainState,
-    all_finite,
-    cast_for_compute,
-    loss_sum,
-    make_eval_step,
-    make_train_step,
-    split_batch,
-)
+from mobilellm_jax.training.step import TrainState, all_finite, make_train_step, split_batch
 
 ATOL = 2e-6  # fp32, sums taken in another order
 CONFIG = tiny("immediate", 2, vocab_size=56)  # an even number, to be split over `tensor`
@@ -42,7 +36,8 @@ def make_batch(config=CONFIG):
 def optimizer_and_schedule():
     settings = default_config().optimizer
     settings.update(peak_lr=1e-2, warmup_steps=1)
-    return make_optimizer(settings, 10), learning_rate_schedule(settings, 10)
+    schedule = learning_rate_schedule(settings, 10)
+    return make_optimizer(settings, schedule), schedule
 
 
 def make_state(config=CONFIG):

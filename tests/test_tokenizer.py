@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from mobilellm_jax.data.tokenizer import Tokenizer, train_tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.tokenizers.sentencepiece import SentencePieceTokenizer, train_tokenizer
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 CODE = "def f(x):\n    if x:\n        return x  # comment\n\n\n\treturn 12345\n"
@@ -14,7 +14,7 @@ PROSE = "The quick brown fox jumps over the lazy dog. It was a bright cold day i
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Tokenizer:
+def tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     return train_tokenizer([PROSE * 3 + CODE * 3], 330, path)
 
@@ -69,7 +69,7 @@ def test_blocks_cut_at_line_ends_encode_as_the_whole_text(tokenizer):
 def test_training_is_deterministic_and_the_file_loads_again(tokenizer, tmp_path):
     again = train_tokenizer([PROSE * 3 + CODE * 3], 330, tmp_path / "t.model")
     assert again.sha256 == tokenizer.sha256
-    assert Tokenizer.load(tmp_path / "t.model").sha256 == tokenizer.sha256
+    assert SentencePieceTokenizer.load(tmp_path / "t.model").sha256 == tokenizer.sha256
     assert [file.name for file in tmp_path.iterdir()] == ["t.model"]
 
 
@@ -121,7 +121,7 @@ def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match="some.model.*--vocab_size"):
-        Tokenizer.load(path)
+        SentencePieceTokenizer.load(path)
 
 
 @pytest.mark.parametrize("ids", [[-1], [330]])
@@ -134,7 +134,7 @@ def test_the_llama_tokenizer_has_its_known_ids():
     path = SHARED / "tokenizers" / "llama2_tokenizer.model"
     if not path.exists():
         pytest.skip("the LLaMA tokenizer is not at ../shared")
-    llama = Tokenizer.load(path)
+    llama = SentencePieceTokenizer.load(path)
     assert (llama.vocab_size, llama.bos_id, llama.eos_id, llama.pad_id) == (32000, 1, 2, None)
     assert llama.encode("Hello world", bos=True) == [1, 15043, 3186]
     assert llama.decode(llama.encode(CODE)) == CODE

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from mobilellm_jax.conversion.tokenizer_json import build_tokenizer_json, tokenizer_files
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.tokenizers.huggingface_json import build_tokenizer_json, tokenizer_files
+from mobilellm_jax.tokenizers.sentencepiece import SentencePieceTokenizer
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 MAX_BUILD_SECONDS = 5.0  # for 32,000 pieces
@@ -166,7 +167,8 @@ def test_known_exception_a_literal_control_token_becomes_the_token(name, text):
 @pytest.mark.parametrize("name", ["trained", "mistral_v1"])
 def test_transformers_loads_the_files_with_bos_and_special_tokens(name, tmp_path):
     transformers = pytest.importorskip("transformers")
-    for file, content in tokenizer_files(load_model(name), max_seq_len=2048).items():
+    tokenizer = SentencePieceTokenizer(load_model(name))
+    for file, content in tokenizer_files(tokenizer, max_seq_len=2048).items():
         (tmp_path / file).write_bytes(content)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)

@@ -11,16 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conversion_cases import EVERY_KIND, TOKENS, assert_same_logits, jax_logits
-from model_cases import ALL_KINDS, random_params, tiny
+from model_cases import ALL_KINDS, random_params, save_params, tiny
 
 import mobilellm_jax
-from mobilellm_jax.conversion.huggingface.folder import save_hf
-from mobilellm_jax.conversion.pytorch import loading
-from mobilellm_jax.conversion.pytorch.loading import module_from_params, params_from_module
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.config import count_params
+from mobilellm_jax.export.pytorch import module_from_params, params_from_module
+from mobilellm_jax.huggingface import remote_code
+from mobilellm_jax.huggingface.folder import save_hf
+from mobilellm_jax.model.costs import count_params
 from mobilellm_jax.model.transformer import MobileLLM
-from mobilellm_jax.training.checkpoints import save_params
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)  # more only disturb each other on such small models
@@ -29,7 +28,7 @@ LOGIT_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-4
 BF16_TOLERANCE = 0.2  # logits of up to 20
 
-CODE = Path(loading.__file__).parent
+CODE = Path(remote_code.__file__).parent
 
 
 def make_module(kind):
@@ -48,7 +47,7 @@ def test_logits_are_those_of_jax(kind):
 
 @EVERY_KIND
 def test_reading_in_pieces_through_the_cache_gives_the_same_logits(kind):
-    from mobilellm_jax.conversion.pytorch.model import KVCache
+    from mobilellm_jax.huggingface.remote_code.model import KVCache
 
     module, cache = make_module(kind), KVCache()
     pieces = torch.from_numpy(TOKENS).split([1, 5, 1, 8, 2], dim=1)
@@ -59,13 +58,13 @@ def test_reading_in_pieces_through_the_cache_gives_the_same_logits(kind):
 
 
 def test_the_cache_holds_as_many_slots_as_the_config_counts():
-    from mobilellm_jax.conversion.pytorch.model import KVCache
+    from mobilellm_jax.huggingface.remote_code.model import KVCache
 
     for kind in ("repeat_all-x3-own", "reverse-x3-first_visit"):
         config, cache = ALL_KINDS[kind], KVCache()
         with torch.no_grad():
             make_module(kind)(torch.from_numpy(TOKENS), cache)
-        assert len(cache._held) == config.num_layers * config.num_cached_visits
+        assert len(cache._held) == config.num_cache_slots
 
 
 def test_bfloat16_stays_near():

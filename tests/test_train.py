@@ -16,16 +16,17 @@ import pytest
 from prepared import make_documents, run_prepare, write_lines
 
 from mobilellm_jax import load
-from mobilellm_jax.data.records import DatasetHeader
+from mobilellm_jax.checkpoints import store as checkpoints
+from mobilellm_jax.checkpoints.files import load_checkpoint, read_metadata
+from mobilellm_jax.data.dataset import Dataset
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.training import checkpoints, trainer
-from mobilellm_jax.training.checkpoint_files import load_checkpoint
-from mobilellm_jax.training.inputs import Inputs
+from mobilellm_jax.machine.coordination import RunCoordination
+from mobilellm_jax.training import trainer
+from mobilellm_jax.training.failures import Diverged, finite_metrics, memory_errors
 from mobilellm_jax.training.metrics import read_metrics
-from mobilellm_jax.training.peers import Peers
 from mobilellm_jax.training.program import TrainProgram
-from mobilellm_jax.training.run_config import default_config, load_config
-from mobilellm_jax.training.stopping import Diverged, finite_metrics, memory_errors
+from mobilellm_jax.training.run_config import default_config, load_config, model_config
+from mobilellm_jax.training.run_data import RunData
 from mobilellm_jax.training.trainer import _Run, train
 
 ROOT = Path(__file__).parents[1]
@@ -138,7 +139,7 @@ def test_a_run_leaves_what_one_expects(home):
     assert json.loads((workdir / "config.json").read_text())["train"]["num_steps"] == 12
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "8"]
     assert list((workdir / "tensorboard").iterdir())
-    metadata = load_checkpoint(workdir).metadata
+    metadata = read_metadata(workdir / "checkpoints" / "12")
     assert metadata["step"] == 12 and metadata["position"] == 96
 
 
@@ -167,7 +168,7 @@ def test_a_signal_saves_the_current_step_and_exits_0(home, number):
         process.send_signal(number)
         rest = process.stdout.read()
     assert process.returncode == 0, rest
-    step = load_checkpoint(home / name).metadata["step"]
+    step = load_checkpoint(home / name).provenance.step
     assert 2 <= step < 12 and f"step {step} is saved" in rest
     assert run(home, name, "--config.checkpoint.every_steps=1000").returncode == 0
     assert_same_run(home, name)
@@ -268,7 +269,7 @@ def test_an_interrupted_run_may_be_lengthened(home):
     assert run(home, "longer", "--config.train.num_steps=4").returncode == 0
     longer = run(home, "longer", "--config.train.num_steps=6")
     assert longer.returncode == 0 and "resuming from step 4" in longer.stdout
-    assert load_checkpoint(home / "longer").metadata["step"] == 6
+    assert load_checkpoint(home / "longer").provenance.step == 6
 
 
 def test_compiled_programs_outlive_a_run_and_damaged_ones_cost_time_only(home):
@@ -323,13 +324,15 @@ def test_a_checkpoint_says_how_documents_were_read(home, monkeypatch):
     run_prepare([home / "text.jsonl"], home / "no-bos", vocab_size=300, bos=False)
     for folder, bos, mask in (("data", True, True), ("no-bos", False, False)):
         overrides = [f"--config.data.path={home / folder}", f"--config.data.mask_documents={mask}"]
-        run = _Run(load_config(str(home / "config.py"), overrides), home / "unused", Peers())
+        run = _Run(
+            load_config(str(home / "config.py"), overrides), home / "unused", RunCoordination()
+        )
         metadata = run.metadata(5)
         assert (metadata["bos"], metadata["mask_documents"]) == (bos, mask)
         assert metadata["position"] == 40 and metadata["run"]["data"]["mask_documents"] == mask
     monkeypatch.setattr(trainer, "MetricsLog", lambda workdir, **settings: settings)
     settings = run.metrics_log(home / "unused", 0)
-    records = DatasetHeader.load(home / "no-bos").splits["train"].num_records
+    records = Dataset.open(home / "no-bos").header.splits["train"].num_records
     assert settings["tokens_per_step"] == 8 * 32 and settings["tokens_per_epoch"] == records * 32
     assert settings["peak_flops_total"] == run.peak.value * jax.device_count()
 
@@ -338,16 +341,17 @@ def test_a_run_does_not_go_on_with_other_data_or_shares(home):
     run_prepare([home / "text.jsonl"], home / "all", tokenizer=home / "data" / "tokenizer.model")
 
     def inputs(path):
-        return Inputs(load_config(str(home / "config.py"), [f"--config.data.path={path}"]))
+        config = load_config(str(home / "config.py"), [f"--config.data.path={path}"])
+        return RunData(config, model_config(config))
 
     metadata = {"sample_order": inputs(home / "data").sample_order()}
-    inputs(home / "data").check_continues(home, metadata, None)
+    inputs(home / "data").check_continues(home, metadata)
     with pytest.raises(UserError, match="order of samples would change: data was"):
-        inputs(home / "all").check_continues(home, metadata, None)
+        inputs(home / "all").check_continues(home, metadata)
     mixture = f"{home / 'data'}={{}},{home / 'all'}={{}}"
     metadata = {"sample_order": inputs(mixture.format(0.5, 0.5)).sample_order()}
     with pytest.raises(UserError, match=r"weights was \[0.5, 0.5\], is \[0.4, 0.6\]"):
-        inputs(mixture.format(0.4, 0.6)).check_continues(home, metadata, None)
+        inputs(mixture.format(0.4, 0.6)).check_continues(home, metadata)
 
 
 def one_step(home):
@@ -359,7 +363,7 @@ def one_step(home):
 def test_the_clock_of_the_first_step_starts_once_it_is_compiled(home, monkeypatch):
     told, compile = [], _Run.compile
 
-    class Noting(Peers):
+    class Noting(RunCoordination):
         def start_clock(self):
             told.append("clock")
 
@@ -373,7 +377,7 @@ def test_the_clock_of_the_first_step_starts_once_it_is_compiled(home, monkeypatc
 
 def test_the_last_save_does_not_count_as_a_step(home, monkeypatch):
     """Of several processes each would otherwise end the run before the save is complete."""
-    peers, found, original = Peers(), [], checkpoints.write_manifest
+    peers, found, original = RunCoordination(), [], checkpoints.write_manifest
 
     def write_manifest(*arguments):
         time.sleep(1)  # meanwhile the loop ends

@@ -8,21 +8,17 @@ import jax
 import numpy as np
 import pytest
 from hf_folders import train_small_tokenizer
-from model_cases import random_params, tiny
+from model_cases import bundle, random_params, tiny
 
-from mobilellm_jax.conversion.formats import Tolerance
-from mobilellm_jax.conversion.report import verification_table
-from mobilellm_jax.conversion.verification import (
-    _prompt_lengths,
-    _window,
-    compare_logits,
-    verify,
-)
-from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.export.formats import Tolerance
+from mobilellm_jax.export.report import verification_table
+from mobilellm_jax.export.verification import _prompt_lengths, _window, compare_logits, verify
 from mobilellm_jax.inference.generate import generate_tokens
 from mobilellm_jax.inference.sampling import Sampling
 from mobilellm_jax.model.transformer import MobileLLM
+from mobilellm_jax.model_bundle import PromptFormat
+from mobilellm_jax.tokenizers.sentencepiece import SentencePieceTokenizer
 
 TOLERANCE = Tolerance(mean_kl=1e-5, logits=1e-4)
 CONFIG = tiny("immediate", 2, vocab_size=608, max_seq_len=24)
@@ -32,7 +28,8 @@ FORWARD = jax.jit(lambda params, tokens: MobileLLM(CONFIG).apply({"params": para
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return Tokenizer(train_small_tokenizer(tmp_path_factory.mktemp("t") / "tokenizer.model"))
+    path = tmp_path_factory.mktemp("t") / "tokenizer.model"
+    return SentencePieceTokenizer(train_small_tokenizer(path))
 
 
 class RuntimeInJax:
@@ -63,16 +60,8 @@ class RuntimeInJax:
 
 
 def run(runtime, tokenizer, tolerance=TOLERANCE, params=None, text=TEXT):
-    return verify(
-        CONFIG,
-        params or random_params(CONFIG),
-        runtime,
-        tolerance,
-        tokenizer=tokenizer,
-        bos=True,
-        text=text,
-        text_name="a text",
-    )
+    model = dataclasses.replace(bundle(CONFIG, params, bos=True), tokenizer=tokenizer)
+    return verify(model, runtime, tolerance, text=text, text_name="a text")
 
 
 def test_the_same_model_passes_at_every_prompt_length(tokenizer):
@@ -87,9 +76,11 @@ def test_the_same_model_passes_at_every_prompt_length(tokenizer):
 
 def test_what_is_read_is_the_text_behind_bos(tokenizer):
     ids = tokenizer.encode(TEXT)
-    behind_bos = _window(CONFIG, tokenizer, True, TEXT, "a text", 12)
+    model = dataclasses.replace(bundle(CONFIG, bos=True), tokenizer=tokenizer)
+    behind_bos = _window(model, TEXT, "a text", 12)
     assert behind_bos == [tokenizer.bos_id, *ids[:11]]
-    assert _window(CONFIG, tokenizer, False, TEXT, "a text", 12) == ids[:12]
+    without_bos = dataclasses.replace(model, prompt=PromptFormat(bos=False))
+    assert _window(without_bos, TEXT, "a text", 12) == ids[:12]
 
 
 def test_long_contexts_are_tried_around_powers_of_two_and_to_their_end():
@@ -209,13 +200,4 @@ def test_a_text_shorter_than_the_context_of_both_is_refused(tokenizer):
     runtime.context_length = 12
     message = "a text: has .* wants the context of 12; name a longer --text"
     with pytest.raises(UserError, match=message):
-        verify(
-            CONFIG,
-            random_params(CONFIG),
-            runtime,
-            TOLERANCE,
-            tokenizer=tokenizer,
-            bos=True,
-            text="short",
-            text_name="a text",
-        )
+        run(runtime, tokenizer, text="short")

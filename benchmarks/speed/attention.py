@@ -13,7 +13,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.attention import KeyValue, causal_attention
 from mobilellm_jax.model.attention_kernels import ATTENTION_KINDS, choose_attention
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.training.hardware import compute_dtype
+from mobilellm_jax.model.execution import compute_dtype
 
 EPILOG = """\
 The error is ||kernel - reference|| / ||reference|| of the output and of the gradients of queries,
@@ -54,8 +54,6 @@ def runnable_kernels(device: dict, dtype: str, config: ModelConfig, num_tokens: 
     """The names of the kernels that run on the device."""
     found = []
     for kind in ATTENTION_KINDS:
-        if kind == "auto":
-            continue
         try:
             choose_attention(
                 kind,

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mobilellm_jax.conversion.huggingface import names
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.huggingface import names
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.presets import PRESETS
 

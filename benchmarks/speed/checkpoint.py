@@ -18,7 +18,8 @@ from benchmarks.speed import jax_side
 from benchmarks.speed.measure import named_if_missing, run_alone, summary
 from benchmarks.speed.results import Benchmark
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model.transformer import Execution, init_params
+from mobilellm_jax.model.execution import Execution
+from mobilellm_jax.model.transformer import init_params
 from mobilellm_jax.training.step import TrainState
 
 EPILOG = """\
@@ -55,7 +56,7 @@ def measure(bench: Benchmark) -> None:
 
 def _measure(settings: dict) -> dict:
     with named_if_missing("checkpoint"):
-        from mobilellm_jax.training.checkpoints import Checkpoints
+        from mobilellm_jax.checkpoints.store import Checkpoints
 
     config = ModelConfig.from_dict(settings["model"])
     step, first_state = jax_side.train_program(config, Execution(**settings["execution"]), 1)
@@ -78,7 +79,7 @@ def _measure(settings: dict) -> dict:
             params=state.params,
             opt_state=state.opt_state,
             metadata={"model": config.to_dict()},
-            tokenizer_model=None,
+            tokenizer=None,
         )
 
     like = jax.eval_shape(lambda: state)

@@ -29,8 +29,9 @@ from benchmarks.speed.cases import random_tokens, random_weights
 from benchmarks.speed.measure import Side, Workload, compare, named_if_missing
 from benchmarks.speed.results import Benchmark
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.config import ModelConfig, matmul_params_per_token
-from mobilellm_jax.model.transformer import Execution
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.costs import matmul_params_per_token
+from mobilellm_jax.model.execution import Execution
 
 PEERS = ("torch", "torch.compile")
 _BANDWIDTH_BYTES = {"cpu": 256 << 20}

@@ -16,10 +16,10 @@ from benchmarks.speed.cases import (
     random_weights,
 )
 from benchmarks.speed.measure import Workload, peak_resident_bytes
-from mobilellm_jax.model.attention_kernels import choose_attention
+from mobilellm_jax.machine.hardware import peak_flops
+from mobilellm_jax.model.attention_kernels import ATTENTION_KINDS
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model.transformer import Execution
-from mobilellm_jax.training.hardware import compute_dtype, peak_flops
+from mobilellm_jax.model.execution import Execution, execution_for
 from mobilellm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from mobilellm_jax.training.step import TrainState, make_train_step
 
@@ -38,10 +38,13 @@ def device_facts(_: dict) -> dict:
 
 def add_execution_arguments(parser: argparse.ArgumentParser) -> None:
     """A flag for each field of `Execution`."""
-    where = "see Execution in mobilellm_jax/model/transformer.py"
+    where = "see Execution in mobilellm_jax/model/execution.py"
     for field in dataclasses.fields(Execution):
         if field.name == "dtype":
             parser.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16")
+        elif field.name == "attention":
+            kinds = ", ".join(ATTENTION_KINDS)
+            parser.add_argument("--attention", default="auto", help=f"auto (default), {kinds}")
         elif field.type is bool:
             parser.add_argument(
                 f"--{field.name}", action=argparse.BooleanOptionalAction, default=field.default
@@ -60,16 +63,8 @@ def execution_settings(
 ) -> dict:
     """The fields of `Execution` that the flags ask for, with what "auto" means on the device."""
     settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(Execution)}
-    settings["dtype"] = compute_dtype(settings["dtype"], device["platform"])
-    settings["attention"] = choose_attention(
-        settings["attention"],
-        types.SimpleNamespace(**device),
-        dtype=settings["dtype"],
-        head_dim=config.head_dim,
-        num_tokens=num_tokens,
-    )
-    Execution(**settings)  # raises a UserError for what does not exist
-    return settings
+    execution = execution_for(types.SimpleNamespace(**device), config, num_tokens, **settings)
+    return dataclasses.asdict(execution)
 
 
 def peak_bytes() -> int:
@@ -80,8 +75,8 @@ def peak_bytes() -> int:
 
 def train_program(config: ModelConfig, execution: Execution, accumulation_steps: int):
     """The jitted training step, and a function from weights to its first state."""
-    optimizer = make_optimizer(OPTIMIZER, NUM_STEPS)
     schedule = learning_rate_schedule(OPTIMIZER, NUM_STEPS)
+    optimizer = make_optimizer(OPTIMIZER, schedule)
     step = make_train_step(
         config, execution, optimizer, schedule, accumulation_steps=accumulation_steps
     )

@@ -19,7 +19,7 @@ from benchmarks.speed.measure import named_if_missing, run_alone, summary
 from benchmarks.speed.results import Benchmark
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model.transformer import Execution
+from mobilellm_jax.model.execution import Execution
 
 _ALONE = 200  # batches
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser, _: str) -> None:
 def measure(bench: Benchmark) -> None:
     """Steps per second of both, and tokens per second of the loader alone."""
     with named_if_missing("load"):
-        from mobilellm_jax.data.records import DatasetHeader
+        from mobilellm_jax.data.dataset import Dataset
     args, config, batch_size = bench.args, bench.config, bench.args.batch_size
     if args.config:
         from mobilellm_jax.training import run_config
@@ -50,7 +50,7 @@ def measure(bench: Benchmark) -> None:
         loaded = run_config.load_config(args.config)
         config, batch_size = run_config.model_config(loaded), loaded.train.global_batch_size
         args.preset, args.model = args.config, []
-    header = DatasetHeader.load(args.dataset)
+    header = Dataset.open(args.dataset).header
     if header.vocab_size > config.vocab_size:
         raise UserError(
             f"{args.dataset} has {header.vocab_size} tokens, the model {config.vocab_size}: add "
@@ -70,6 +70,7 @@ def measure(bench: Benchmark) -> None:
 
 def _measure(settings: dict) -> dict[str, dict]:
     with named_if_missing("load"):
+        from mobilellm_jax.data.dataset import Dataset
         from mobilellm_jax.data.loader import train_batches
 
     config = ModelConfig.from_dict(settings["model"])
@@ -77,7 +78,7 @@ def _measure(settings: dict) -> dict[str, dict]:
 
     def batches():
         return train_batches(
-            [(settings["dataset"], 1.0)],
+            [(Dataset.open(settings["dataset"]), 1.0)],
             seed=0,
             global_batch_size=batch_size,
             sequence_length=length,

@@ -14,9 +14,9 @@ from benchmarks.speed.cases import random_tokens
 from benchmarks.speed.measure import Side, Workload, compare
 from benchmarks.speed.results import Benchmark
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model.vocabulary import make_table
-from mobilellm_jax.training.hardware import compute_dtype
-from mobilellm_jax.training.loss import cross_entropy_sum, num_slices
+from mobilellm_jax.model.execution import compute_dtype
+from mobilellm_jax.objectives.cross_entropy import cross_entropy_sum, num_slices
+from mobilellm_jax.objectives.embedding_gradient import BatchShards, sharded_grad_table
 
 EPILOG = """\
 example:
@@ -52,7 +52,7 @@ def build(settings: dict) -> Workload:
 
     def sliced(hidden, embedding_VD, targets):
         ones = jnp.ones(shape, jnp.float32)
-        table = make_table(embedding_VD, dtype)
+        table = sharded_grad_table(embedding_VD, dtype, BatchShards())
         return cross_entropy_sum(hidden, table, targets, ones, slices) / targets.size
 
     def whole(hidden, embedding_VD, targets):

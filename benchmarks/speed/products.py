@@ -15,7 +15,7 @@ from benchmarks.speed import torch_peers
 from benchmarks.speed.measure import run_alone, summary
 from benchmarks.speed.results import Benchmark
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.training.hardware import compute_dtype
+from mobilellm_jax.model.execution import compute_dtype
 
 _SECONDS_PER_PRODUCT = 0.5
 _ROUNDS = 3  # that the two sides take turns

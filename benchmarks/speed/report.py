@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.speed.columns import compiled_tpu_table, compiled_traffic_table, result_table
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import write_file
+from mobilellm_jax.storage.atomic import write_file
 
 ROOT = Path(__file__).parents[2]
 PICTURE = "training_speed.png"

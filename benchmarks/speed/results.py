@@ -12,8 +12,8 @@ from pathlib import Path
 
 from benchmarks.speed.columns import case
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import write_file
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.storage.atomic import write_file
 
 _PACKAGES = (
     "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax", "numpy", "torch",

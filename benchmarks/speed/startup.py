@@ -104,7 +104,8 @@ def _first_step(settings: dict) -> None:
 
     from benchmarks.speed import jax_side
     from mobilellm_jax.model.config import ModelConfig
-    from mobilellm_jax.model.transformer import Execution, init_params
+    from mobilellm_jax.model.execution import Execution
+    from mobilellm_jax.model.transformer import init_params
 
     times = {"imports": time.time()}
     config = ModelConfig.from_dict(settings["model"])

@@ -19,7 +19,7 @@ from benchmarks.speed import jax_side
 from benchmarks.speed.measure import Side, Workload, compare
 from benchmarks.speed.results import Benchmark
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.vocabulary import Table
+from mobilellm_jax.objectives.embedding_gradient import ShardedGradTable
 
 SHIPPED = "as shipped"
 _SIDES_AT_ONCE = 3  # beside the step as it ships; each holds a state of its own
@@ -101,29 +101,28 @@ def build(settings: dict) -> Workload:
 
 
 def _project_by_autodiff():
-    from mobilellm_jax.model import layers
+    from mobilellm_jax.model import block, layers
 
-    layers.project = layers._product
+    block.project = layers._product
 
 
 def _attention_at_once():
-    from mobilellm_jax.model import layers
+    from mobilellm_jax.model import attention
 
-    def attend(q_BTNH, fresh, *, segment_ids_BT, kind):
-        keys_BSKH, values_BSKH = (x.swapaxes(1, 2) for x in fresh)
+    def attend(q_BTNH, key_value, *, segment_ids_BT, kind):
+        keys_BSKH, values_BSKH = (x.swapaxes(1, 2) for x in key_value)
         return jax.nn.dot_product_attention(
             q_BTNH, keys_BSKH, values_BSKH, is_causal=True, implementation="xla"
         )
 
-    layers.causal_attention = attend
+    attention.causal_attention = attend
 
 
 def _logits_at_once():
-    from mobilellm_jax.training import step
+    from mobilellm_jax.objectives import next_token
 
-    def cross_entropy_sum(hidden_BTD, head: Table, targets_BT, weights_BT, slices):
-        # The table's parts are what has a gradient.
-        head_VD = head.values + (head.parts - jax.lax.stop_gradient(head.parts))[0]
+    def cross_entropy_sum(hidden_BTD, head: ShardedGradTable, targets_BT, weights_BT):
+        head_VD = head.values + (head.shards - jax.lax.stop_gradient(head.shards))[0]
         logits = jnp.einsum(
             "BTD,VD->BTV",
             hidden_BTD,
@@ -135,7 +134,7 @@ def _logits_at_once():
         )[..., 0]
         return -(of_targets * weights_BT).sum()
 
-    step.cross_entropy_sum = cross_entropy_sum
+    next_token.cross_entropy_sum = cross_entropy_sum
 
 
 _TAKEN_OUT = {

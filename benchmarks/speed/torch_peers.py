@@ -20,9 +20,9 @@ import numpy as np
 
 from benchmarks.speed.cases import OPTIMIZER, learning_rate, random_tokens, random_weights
 from benchmarks.speed.measure import Workload, peak_resident_bytes
-from mobilellm_jax.conversion.huggingface.config import to_hf_config
-from mobilellm_jax.conversion.huggingface.names import hf_arrays, hf_tensors
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.huggingface.config import to_hf_config
+from mobilellm_jax.huggingface.names import hf_arrays, hf_tensors
 from mobilellm_jax.model.config import ModelConfig
 
 TRAIN_PEERS = ("torch", "torch.compile", "liger")

@@ -8,7 +8,7 @@ from benchmarks.speed import jax_side, torch_peers
 from benchmarks.speed.measure import Side, compare, run_alone
 from benchmarks.speed.results import Benchmark
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.config import train_flops_per_token
+from mobilellm_jax.model.costs import train_flops_per_token
 
 EPILOG = """\
 examples:

@@ -14,9 +14,9 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
-from mobilellm_jax.data.sources import Document
-from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.data.sources import BLOCK_BYTES, Document
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.tokenizers.tokenizer import Tokenizer
 
 # What a worker gets of a document: text, token_ids, first, last.
 _Item = tuple[str | None, list[int] | None, bool, bool]
@@ -52,19 +52,20 @@ class Encoder:
 
 
 def encode_in_order(
-    batches: Iterable[list[Document]],
+    documents: Iterable[Document],
     tokenizer: Tokenizer,
     *,
     bos: bool,
     eos: bool,
     num_workers: int,
 ) -> Iterator[tuple[Document, np.ndarray, int]]:
-    """Yields (document, tokens int32, UTF-8 bytes) in the order of ``batches``.
+    """Yields (document, tokens int32, UTF-8 bytes) in the order of ``documents``.
 
-    At most 2 * num_workers + 1 batches are in memory. With one worker the calling process does the
-    work. Raises UserError if a worker process dies; it never waits for a dead one.
+    At most 2 * num_workers + 1 batches of about BLOCK_BYTES of text are in memory. With one worker
+    the calling process does the work. Raises UserError if a worker process dies; it never waits for
+    a dead one.
     """
-    encoder = Encoder(tokenizer, bos, eos)
+    encoder, batches = Encoder(tokenizer, bos, eos), _batches(documents)
     if num_workers == 1:
         for batch in batches:
             yield from _unpack(batch, encoder(_items(batch)))
@@ -74,7 +75,7 @@ def encode_in_order(
         num_workers,
         multiprocessing.get_context("spawn"),  # a fork would inherit the locks of JAX's threads
         _start_worker,
-        (tokenizer.model_bytes, bos, eos),
+        (tokenizer, bos, eos),
     )
     try:
         for batch in batches:
@@ -95,6 +96,18 @@ def encode_in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text) if document.text else 4 * len(document.token_ids or ())
+        if size >= BLOCK_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def _items(batch: list[Document]) -> list[_Item]:
     return [(doc.text, doc.token_ids, doc.first, doc.last) for doc in batch]
 
@@ -108,11 +121,11 @@ def _unpack(batch: list[Document], encoded: _Encoded) -> Iterator[tuple[Document
 _worker_encoder: Encoder
 
 
-def _start_worker(model_bytes: bytes, bos: bool, eos: bool) -> None:
+def _start_worker(tokenizer: Tokenizer, bos: bool, eos: bool) -> None:
     global _worker_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops the pool
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker_encoder = Encoder(Tokenizer(model_bytes), bos, eos)
+    _worker_encoder = Encoder(tokenizer, bos, eos)
 
 
 def _end_with_parent() -> None:

@@ -24,12 +24,8 @@ import numpy as np
 from array_record.python import array_record_module
 from grain.experimental import index_shuffle
 
-from mobilellm_jax.data.records import (
-    DatasetHeader,
-    Record,
-    checksum_seed,
-    decode_record,
-)
+from mobilellm_jax.data.dataset import Dataset
+from mobilellm_jax.data.records import Record, checksum_seed, decode_record
 from mobilellm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -46,14 +42,15 @@ class RecordSource:
     has a checksum that knows its place, and the header knows the size of every shard.
     """
 
-    def __init__(self, directory: str | Path, split: str):
-        self.directory = Path(directory)
+    def __init__(self, dataset: Dataset, split: str):
+        self.directory = Path(dataset.directory)
         self.split = split
-        self.header = DatasetHeader.load(directory)
+        self.header = dataset.header
         if split not in self.header.splits:
             raise UserError(
-                f"{directory}: no {split!r} split, only {', '.join(map(repr, self.header.splits))}"
-                "; prepare it with --valid_fraction, --valid_input or --split_field"
+                f"{dataset.directory}: no {split!r} split, only "
+                f"{', '.join(map(repr, self.header.splits))}; prepare it with --valid_fraction, "
+                "--valid_input or --split_field"
             )
         self._shards = self.header.splits[split].shards
         self._stops = list(itertools.accumulate(shard.num_records for shard in self._shards))
@@ -86,6 +83,7 @@ class RecordSource:
                 sequence_length=self.header.sequence_length,
                 vocab_size=self.header.vocab_size,
                 seed=checksum_seed(self.header.tokenizer_sha256, self.split, index),
+                format_version=self.header.format_version,
             )
         except (RuntimeError, IndexError, UserError) as error:
             if os.strerror(errno.EMFILE) in str(error):
@@ -127,7 +125,7 @@ def open_split(directory: str | Path, split: str) -> RecordSource:
 
     Raises UserError if the folder is not a complete dataset with that split.
     """
-    return RecordSource(directory, split)
+    return RecordSource(Dataset.open(directory), split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +175,7 @@ def _permutation(length: int, seed: int) -> np.ndarray:
 
 
 def train_batches(
-    datasets: Sequence[tuple[str | Path, float]],
+    datasets: Sequence[tuple[Dataset, float]],
     *,
     seed: int,
     global_batch_size: int,
@@ -194,7 +192,7 @@ def train_batches(
     depends on nothing but (datasets, seed, global_batch_size, step).
 
     Args:
-      datasets: (folder, weight) pairs; the weights are relative shares of the records.
+      datasets: (dataset, weight) pairs; the weights are relative shares of the records.
       seed: decides the order.
       global_batch_size: B, records per step over all processes.
       sequence_length: T; must be that of the datasets.
@@ -211,7 +209,7 @@ def train_batches(
       UserError: datasets that are damaged or do not go together, at once; a damaged record, when
         its batch is due.
     """
-    sources = [open_split(directory, "train") for directory, _ in datasets]
+    sources = [RecordSource(dataset, "train") for dataset, _ in datasets]
     check_mixture(sources, [weight for _, weight in datasets], sequence_length)
     order = RecordOrder(
         tuple(map(len, sources)), tuple(float(weight) for _, weight in datasets), seed
@@ -227,8 +225,7 @@ def train_batches(
 
 
 def eval_batches(
-    directory: str | Path,
-    split: str = "valid",
+    source: RecordSource,
     *,
     batch_size: int,
     max_records: int | None = None,
@@ -239,7 +236,6 @@ def eval_batches(
     The number of batches is the same in every process; rows that the last one lacks are padding
     (loss_weights 0). ``max_records`` limits the evaluation to the first records.
     """
-    source = open_split(directory, split)
     num_records = len(source) if max_records is None else min(max_records, len(source))
     rows = range(batch_size) if rows is None else rows
     no_tokens = np.zeros(source.header.sequence_length + 1, np.int32)
@@ -263,9 +259,15 @@ def _row(record: Record) -> Batch:
     return {
         "inputs": record.tokens[:-1],
         "targets": record.tokens[1:],
-        "loss_weights": (position + 1 < record.num_valid).astype(np.float32),
+        "loss_weights": _learnt_targets(record).astype(np.float32),
         "segment_ids": np.where(position < record.num_valid, np.cumsum(begins), 0).astype(np.int32),
     }
+
+
+def _learnt_targets(record: Record) -> np.ndarray:
+    """Whether the loss counts each target, bool [T]: it is no padding and the mask has it."""
+    is_valid = np.arange(1, len(record.tokens)) < record.num_valid
+    return is_valid if record.loss_mask is None else is_valid & record.loss_mask[1:]
 
 
 def _stack(rows: list[Batch]) -> Batch:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from mobilellm_jax.data.records import Shard, Split, checksum_seed, encode_record, token_dtype
+from mobilellm_jax.storage.hashing import sha256_file
 
 _SHARD_BYTES = 256 << 20
 
@@ -64,11 +64,21 @@ class SplitWriter:
             self._tokens = self._tokens[length:]
             self._starts = [start - length for start in self._starts if start >= length]
 
-    def add_record(self, tokens: np.ndarray, starts: np.ndarray, num_bytes: int) -> None:
-        """Writes an already packed sequence as a record of its own."""
+    def add_record(
+        self,
+        tokens: np.ndarray,
+        starts: np.ndarray,
+        num_bytes: int,
+        loss_mask: np.ndarray | None = None,
+    ) -> None:
+        """Writes an already packed sequence as a record of its own.
+
+        With a ``loss_mask`` (see ``Record``) it is of format 2, as all records of a dataset must be
+        then.
+        """
         self._num_documents += 1
         self._num_bytes += num_bytes
-        self._write(tokens, starts)
+        self._write(tokens, starts, loss_mask)
 
     def close(self) -> Split:
         """Writes what is left, padded, and returns the facts for the header."""
@@ -84,13 +94,19 @@ class SplitWriter:
             tuple(self._shards),
         )
 
-    def _write(self, tokens: np.ndarray, starts: list[int] | np.ndarray) -> None:
+    def _write(
+        self,
+        tokens: np.ndarray,
+        starts: list[int] | np.ndarray,
+        loss_mask: np.ndarray | None = None,
+    ) -> None:
         data = encode_record(
             tokens,
             starts,
             sequence_length=self._sequence_length,
             vocab_size=self._vocab_size,
             seed=checksum_seed(self._tokenizer_sha256, self._split, self.num_records),
+            loss_mask=loss_mask,
         )
         with _disk_errors(self._path):
             if self._writer is None:
@@ -115,9 +131,7 @@ class SplitWriter:
         path, count = self._path, self._records_in_shard
         with _disk_errors(path):
             self._writer.close()
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            sha256 = sha256_file(path, sync=True)
             reader = array_record_module.ArrayRecordReader(str(path))
             found = reader.num_records()
             reader.close()

@@ -2,10 +2,9 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,50 @@ import numpy as np
 import tqdm
 
 from mobilellm_jax import __version__
+from mobilellm_jax.data.dataset import Dataset
 from mobilellm_jax.data.encoding import encode_in_order
 from mobilellm_jax.data.packing import SplitWriter
-from mobilellm_jax.data.records import (
-    HEADER_FILE,
-    SPLITS,
-    TOKENIZER_FILE,
-    DatasetHeader,
-    SourceFile,
-)
-from mobilellm_jax.data.sources import BLOCK_BYTES, Source, find_sources
-from mobilellm_jax.data.splits import Settings, batches_of, training_sample
-from mobilellm_jax.data.tokenizer import Tokenizer, train_tokenizer
+from mobilellm_jax.data.records import HEADER_FILE, SPLITS, DatasetHeader, SourceFile
+from mobilellm_jax.data.sources import BLOCK_BYTES, Document, Source, find_sources
+from mobilellm_jax.data.splits import split_documents
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import folder_in_the_making, write_file
+from mobilellm_jax.storage.atomic import atomic_folder
+from mobilellm_jax.storage.hashing import sha256_file
+from mobilellm_jax.tokenizers.files import load_tokenizer, write_tokenizer
+from mobilellm_jax.tokenizers.sentencepiece import MAX_SAMPLE_BYTES, MODEL_FILE, train_tokenizer
+from mobilellm_jax.tokenizers.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareSettings:
+    """Settings that decide the content of a dataset, besides the bytes of its inputs.
+
+    Raises UserError for settings that cannot be.
+    """
+
+    sequence_length: int
+    tokenizer_sha256: str | None
+    vocab_size: int | None
+    field: str
+    split_field: str | None
+    valid_fraction: float
+    num_valid_inputs: int
+    bos: bool
+    eos: bool
+    records_per_shard: int | None
+
+    def __post_init__(self):
+        if (self.tokenizer_sha256 is None) == (self.vocab_size is None):
+            raise UserError("pass either --tokenizer FILE or --vocab_size N, which trains one")
+        if self.sequence_length < 2:
+            raise UserError(f"--sequence_length {self.sequence_length} is too short; 2048 is usual")
+        if not 0 <= self.valid_fraction < 1:
+            raise UserError(
+                f"--valid_fraction {self.valid_fraction} must be at least 0 and less than 1"
+            )
+        ways = (self.num_valid_inputs > 0, self.split_field is not None, self.valid_fraction > 0)
+        if sum(ways) > 1:
+            raise UserError("use only one of --valid_input, --split_field and --valid_fraction")
 
 
 def prepare(
@@ -64,8 +93,8 @@ def prepare(
     """
     assert not isinstance(inputs, str) and not isinstance(valid_inputs, str), "pass lists"
     output = Path(output)
-    loaded = None if tokenizer is None else Tokenizer.load(tokenizer)
-    settings = Settings(
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    settings = PrepareSettings(
         sequence_length=sequence_length,
         tokenizer_sha256=loaded and loaded.sha256,
         vocab_size=vocab_size,
@@ -82,19 +111,35 @@ def prepare(
         raise UserError("no input; name files, directories or patterns by --input")
     if (output / HEADER_FILE).exists():
         return _finished(output, settings, sources, progress)
-    with folder_in_the_making(output) as partial:
+    with _new_folder(output) as partial:
         if loaded is None:
-            sample = training_sample(find_sources(inputs or valid_inputs), field, split_field)
-            loaded = train_tokenizer(sample, vocab_size, partial / TOKENIZER_FILE)
+            sample = _training_sample(find_sources(inputs or valid_inputs), field, split_field)
+            loaded = train_tokenizer(sample, vocab_size, partial / MODEL_FILE)
         else:
-            write_file(partial / TOKENIZER_FILE, loaded.model_bytes)
+            write_tokenizer(partial, loaded)
         header = _write(partial, settings, sources, loaded, num_workers, progress)
     return header
 
 
+@contextlib.contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(
+            f"{output}: exists and is not a dataset; name another --output, or remove it"
+        )
+    try:
+        with atomic_folder(output, writer="prepare") as partial:
+            yield partial
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or output}: {error.strerror}; nothing was kept: free some space, "
+            "or name an --output on another disk"
+        ) from error
+
+
 def _write(
     partial: Path,
-    settings: Settings,
+    settings: PrepareSettings,
     sources: list[Source],
     tokenizer: Tokenizer,
     num_workers: int | None,
@@ -117,7 +162,7 @@ def _write(
     }
     with _ProgressBar(sources, enabled=progress) as bar:
         encoded = encode_in_order(
-            batches_of(sources, settings, tokenizer),
+            _checked_documents(sources, settings, tokenizer.vocab_size),
             tokenizer,
             bos=settings.bos,
             eos=settings.eos,
@@ -149,7 +194,52 @@ def _write(
     return header
 
 
-def _check_splits(splits: dict[str, Any], settings: Settings, num_sources: int) -> None:
+def _checked_documents(
+    sources: list[Source], settings: PrepareSettings, vocab_size: int
+) -> Iterator[Document]:
+    """All documents with their splits; UserError for token ids that cannot be a record."""
+    for document in split_documents(
+        sources,
+        field=settings.field,
+        split_field=settings.split_field,
+        valid_fraction=settings.valid_fraction,
+        num_valid_inputs=settings.num_valid_inputs,
+    ):
+        if document.token_ids is not None:
+            _check_line(document, settings.sequence_length, vocab_size)
+        yield document
+
+
+def _check_line(document: Document, sequence_length: int, vocab_size: int) -> None:
+    ids = document.token_ids
+    if len(ids) not in (sequence_length, sequence_length + 1):
+        raise UserError(
+            f"{document.where}: {len(ids)} token_ids, but --sequence_length is {sequence_length}; "
+            f"pass --sequence_length {len(ids)}"
+        )
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        position = next(i for i, value in enumerate(ids) if not 0 <= value < vocab_size)
+        raise UserError(
+            f"{document.where}: token_ids[{position}] is {ids[position]}, outside of the "
+            f"tokenizer's [0, {vocab_size}); use the tokenizer that made this file"
+        )
+
+
+def _training_sample(sources: list[Source], field: str, split_field: str | None) -> Iterator[str]:
+    """Training text for the tokenizer: the head of every input, in proportion to its size."""
+    total = sum(source.size or 0 for source in sources)
+    for source in sources:
+        share = 1 / len(sources) if source.size is None else source.size / total
+        taken = 0
+        for document in source.documents(field, split_field):
+            if document.text and document.split != "valid":
+                taken += len(document.text)
+                yield document.text
+            if taken >= share * MAX_SAMPLE_BYTES:
+                break
+
+
+def _check_splits(splits: dict[str, Any], settings: PrepareSettings, num_sources: int) -> None:
     if not splits:
         raise UserError("the input holds no text: not one token to predict; look at the files")
     train_files = num_sources > settings.num_valid_inputs
@@ -216,11 +306,11 @@ class _ProgressBar:
 
 
 def _finished(
-    output: Path, settings: Settings, sources: list[Source], progress: bool
+    output: Path, settings: PrepareSettings, sources: list[Source], progress: bool
 ) -> DatasetHeader:
     """The dataset that is already there, if it is what was asked for and undamaged."""
     try:
-        header = DatasetHeader.load(output)
+        header = Dataset.open(output).header
         header.verify_shards(output)
     except UserError as error:
         raise UserError(f"{error} (remove {output} first)") from error
@@ -233,7 +323,7 @@ def _finished(
             )
     before = [file.path if file.path.startswith("hf:") else file.sha256 for file in header.sources]
     for source, known in zip(sources, before, strict=False):
-        if known != (source.path if source.kind == "hf" else _file_sha256(source.path)):
+        if known != (source.path if source.kind == "hf" else sha256_file(source.path)):
             raise UserError(f"{output}: already made, but {source.path} was different{mend}")
     if len(sources) != len(before):
         raise UserError(
@@ -242,8 +332,3 @@ def _finished(
     if progress:
         print(f"{output}: already prepared from these inputs; verified, nothing to do")
     return header
-
-
-def _file_sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,19 +1,20 @@
-"""What lies on disk: fixed-length token records and the header of a prepared dataset.
+"""Datasets on disk: fixed-length token records and the header of a prepared dataset.
 
 A record has sequence_length + 1 tokens: the inputs are all but the last, the targets all but the
-first. Consecutive records overlap by one token, so every token of the stream but the first is
-predicted exactly once.
+first. In a dataset of text, consecutive records overlap by one token, so every token of the stream
+but the first is predicted exactly once.
 
 Bytes of a record, little-endian: crc32 (uint32) of all that follows, num_valid (uint32), num_starts
 (uint32), tokens (uint16 or uint32, padded with 0 beyond num_valid), starts (uint32 each: positions
-in the record at which a document begins). The checksum also covers the tokenizer, the split and the
-number of the record, so a shard in the wrong place does not pass either.
+in the record at which a document begins); in format 2 also the loss mask, a bit for each token from
+the lowest bit of the first byte on: 1 where the token is learnt when it is the target. Format 1 has
+no mask: every token is learnt. The checksum also covers the tokenizer, the split and the number of
+the record, so a shard in the wrong place does not pass either.
 """
 
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import struct
 import zlib
@@ -22,23 +23,31 @@ from typing import Any
 
 import numpy as np
 
-from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.atomic import write_file
+from mobilellm_jax.storage.hashing import sha256_file
 
-FORMAT_VERSION = 1
+PLAIN_FORMAT, MASKED_FORMAT = 1, 2
 HEADER_FILE = "dataset.json"
-TOKENIZER_FILE = "tokenizer.model"
 SPLITS = ("train", "valid")
 _PREFIX = struct.Struct("<III")
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """tokens int32 [T + 1], of which the first ``num_valid`` count; starts int32 [num_starts]."""
+    """One record.
+
+    Attributes:
+      tokens: int32 [T + 1].
+      num_valid: of the tokens, from the first on; the others are padding.
+      starts: int32 [num_starts], positions at which documents begin.
+      loss_mask: bool [T + 1], False for tokens that are not learnt; None learns all.
+    """
 
     tokens: np.ndarray
     num_valid: int
     starts: np.ndarray
+    loss_mask: np.ndarray | None = None
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -52,19 +61,40 @@ def checksum_seed(tokenizer_sha256: str, split: str, index: int) -> int:
 
 
 def encode_record(
-    tokens: np.ndarray, starts: np.ndarray, *, sequence_length: int, vocab_size: int, seed: int
+    tokens: np.ndarray,
+    starts: np.ndarray,
+    *,
+    sequence_length: int,
+    vocab_size: int,
+    seed: int,
+    loss_mask: np.ndarray | None = None,
 ) -> bytes:
-    """Bytes of a record of ``len(tokens)`` <= sequence_length + 1 valid tokens."""
+    """Bytes of a record of ``len(tokens)`` <= sequence_length + 1 valid tokens.
+
+    With a ``loss_mask``, bool [len(tokens)], it is a record of format 2.
+    """
     num_valid = len(tokens)
     assert 0 < num_valid <= sequence_length + 1
     padded = np.zeros(sequence_length + 1, token_dtype(vocab_size))
     padded[:num_valid] = tokens
     starts = np.asarray(starts, "<u4")
     body = struct.pack("<II", num_valid, len(starts)) + padded.tobytes() + starts.tobytes()
+    if loss_mask is not None:
+        assert len(loss_mask) == num_valid
+        padded_mask = np.zeros(sequence_length + 1, bool)
+        padded_mask[:num_valid] = loss_mask
+        body += np.packbits(padded_mask, bitorder="little").tobytes()
     return struct.pack("<I", zlib.crc32(body, seed)) + body
 
 
-def decode_record(data: bytes, *, sequence_length: int, vocab_size: int, seed: int) -> Record:
+def decode_record(
+    data: bytes,
+    *,
+    sequence_length: int,
+    vocab_size: int,
+    seed: int,
+    format_version: int = PLAIN_FORMAT,
+) -> Record:
     """Inverse of ``encode_record``; its UserError tells what is wrong, not where."""
     dtype = token_dtype(vocab_size)
     tokens_stop = _PREFIX.size + (sequence_length + 1) * dtype.itemsize
@@ -75,7 +105,9 @@ def decode_record(data: bytes, *, sequence_length: int, vocab_size: int, seed: i
         raise UserError(
             "has a wrong checksum: it is damaged, or belongs to another place or dataset"
         )
-    if len(data) != tokens_stop + 4 * num_starts or not 0 < num_valid <= sequence_length + 1:
+    mask_start = tokens_stop + 4 * num_starts
+    mask_bytes = -(-(sequence_length + 1) // 8) if format_version == MASKED_FORMAT else 0
+    if len(data) != mask_start + mask_bytes or not 0 < num_valid <= sequence_length + 1:
         raise UserError(
             f"has {len(data)} bytes, {num_valid} valid tokens and {num_starts} document starts, "
             f"which do not agree with sequence_length {sequence_length}"
@@ -84,7 +116,11 @@ def decode_record(data: bytes, *, sequence_length: int, vocab_size: int, seed: i
     if tokens.max() >= vocab_size or tokens.min() < 0:
         raise UserError(f"has token id {tokens.max()}, outside of [0, {vocab_size})")
     starts = np.frombuffer(data, "<u4", num_starts, tokens_stop).astype(np.int32)
-    return Record(tokens, num_valid, starts)
+    loss_mask = None
+    if mask_bytes:
+        bits = np.frombuffer(data, np.uint8, mask_bytes, mask_start)
+        loss_mask = np.unpackbits(bits, count=sequence_length + 1, bitorder="little").astype(bool)
+    return Record(tokens, num_valid, starts, loss_mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,25 +164,20 @@ class DatasetHeader:
     sources: tuple[SourceFile, ...]
     settings: dict[str, Any]
     created_by: str
-    format_version: int = FORMAT_VERSION
+    format_version: int = PLAIN_FORMAT
 
     def save(self, directory: str | Path) -> None:
         """Writes ``dataset.json``, the last file of a dataset, durably."""
-        path = Path(directory) / HEADER_FILE
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            values = dataclasses.asdict(self) | {"token_dtype": token_dtype(self.vocab_size).name}
-            json.dump(values | {"header_sha256": _json_sha256(values)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        values = dataclasses.asdict(self) | {"token_dtype": token_dtype(self.vocab_size).name}
+        content = json.dumps(values | {"header_sha256": _json_sha256(values)}, indent=1)
+        write_file(Path(directory) / HEADER_FILE, content.encode())
 
     @classmethod
     def load(cls, directory: str | Path) -> "DatasetHeader":
-        """Reads and checks the header, and that the files it lists are there and have their size.
+        """Reads and checks the header, and that the shards it lists are there and have their size.
 
-        Raises UserError for a folder that is no finished dataset, a malformed header, another
-        format version, another tokenizer file, and a missing or resized shard.
+        Raises UserError for a folder that is no finished dataset, a malformed header, an unknown
+        format version, and a missing or resized shard.
         """
         directory = Path(directory)
         path = directory / HEADER_FILE
@@ -162,34 +193,21 @@ class DatasetHeader:
                 f"{path}: not valid JSON ({error}); prepare the dataset again"
             ) from error
         header = _parse_header(path, values)
-        header._check_files(directory)
+        header._check_shards(directory)
         return header
-
-    def tokenizer(self, directory: str | Path) -> Tokenizer:
-        """The dataset's tokenizer; UserError if the file is not the one it was made with."""
-        path = Path(directory) / TOKENIZER_FILE
-        tokenizer = Tokenizer.load(path)
-        if tokenizer.sha256 != self.tokenizer_sha256:
-            raise UserError(
-                f"{path}: sha256 {tokenizer.sha256[:12]}..., but the dataset was made with "
-                f"{self.tokenizer_sha256[:12]}...; put the right tokenizer back"
-            )
-        return tokenizer
 
     def verify_shards(self, directory: str | Path) -> None:
         """Reads every shard and compares its SHA-256; UserError names the first damaged one."""
         for split in self.splits.values():
             for shard in split.shards:
                 path = Path(directory) / shard.file
-                with open(path, "rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-                if found != shard.sha256:
+                if (found := sha256_file(path)) != shard.sha256:
                     raise UserError(
                         f"{path}: sha256 {found[:12]}..., but {HEADER_FILE} says "
                         f"{shard.sha256[:12]}...; the shard is damaged: prepare the dataset again"
                     )
 
-    def _check_files(self, directory: Path) -> None:
+    def _check_shards(self, directory: Path) -> None:
         for split in self.splits.values():
             for shard in split.shards:
                 path = directory / shard.file
@@ -205,12 +223,6 @@ class DatasetHeader:
                         f"{path}: {size} bytes, but {HEADER_FILE} says {shard.bytes}; the shard "
                         "is truncated or damaged: copy it again, or prepare the dataset again"
                     )
-        tokenizer = self.tokenizer(directory)
-        if tokenizer.vocab_size != self.vocab_size:
-            raise UserError(
-                f"{directory / HEADER_FILE}: vocab_size {self.vocab_size}, but the tokenizer has "
-                f"{tokenizer.vocab_size}; prepare the dataset again"
-            )
 
 
 def _parse_header(path: Path, values: Any) -> DatasetHeader:
@@ -221,10 +233,11 @@ def _parse_header(path: Path, values: Any) -> DatasetHeader:
 
     if not isinstance(values, dict):
         raise fail(f"holds {type(values).__name__}, not an object")
-    if values.get("format_version") != FORMAT_VERSION:
+    if values.get("format_version") not in (PLAIN_FORMAT, MASKED_FORMAT):
         raise UserError(
             f"{path}: format_version is {values.get('format_version')!r}, this version reads "
-            f"{FORMAT_VERSION}; prepare the dataset again, or use the version that made it"
+            f"{PLAIN_FORMAT} and {MASKED_FORMAT}; prepare the dataset again, or use the version "
+            "that made it"
         )
     values = dict(values)
     if values.pop("header_sha256", None) != _json_sha256(values):

@@ -16,6 +16,7 @@ from typing import Any
 
 from mobilellm_jax.data.compression import COMPRESSIONS, decompressed
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.hashing import sha256_file
 
 BLOCK_BYTES = 1 << 20  # Text is passed on in blocks of about this size.
 _JSON_LINES = (".jsonl", ".json", ".ndjson")
@@ -104,8 +105,7 @@ class Source:
     def sha256(self) -> str:
         """Of the file as it lies on disk; for ``hf:`` of the text that was read."""
         if self.kind == "parquet":
-            with open(self.path, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return sha256_file(self.path)
         return self._hash.hexdigest()
 
     def documents(

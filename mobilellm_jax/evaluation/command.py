@@ -42,11 +42,11 @@ def main(args: argparse.Namespace) -> None:
     """Prints the figures."""
     import jax
 
-    from mobilellm_jax.compilation_cache import use_compilation_cache
+    from mobilellm_jax.checkpoints.loading import load_text_model
+    from mobilellm_jax.data.dataset import Dataset
     from mobilellm_jax.evaluation import perplexity
-    from mobilellm_jax.loading import load_text_model
-    from mobilellm_jax.model.transformer import Execution
-    from mobilellm_jax.training.hardware import compute_dtype
+    from mobilellm_jax.machine.compilation_cache import use_compilation_cache
+    from mobilellm_jax.model.execution import Execution, execution_for
 
     foreign = ("split", "batch_size", "max_records") if args.text else ("protocol",)
     for flag in foreign:
@@ -58,24 +58,28 @@ def main(args: argparse.Namespace) -> None:
     split = args.split or "valid"
     use_compilation_cache()
     model = load_text_model(args.checkpoint, args.tokenizer)
-    execution = Execution(dtype=compute_dtype("auto", jax.default_backend()))
+
+    def execution(num_tokens: int) -> Execution:
+        return execution_for(jax.local_devices()[0], model.config, num_tokens)
+
     if args.text:
         what = f"{args.text}, official protocol"
         result = perplexity.official_perplexity(
             model,
             perplexity.official_text(args.text),
-            execution=execution,
+            execution=execution(perplexity.OFFICIAL_CHUNK - 1),
             progress=True,
         )
     else:
         what = f"{args.data}, {split} split"
+        dataset = Dataset.open(args.data)
         result = perplexity.dataset_perplexity(
             model,
-            args.data,
+            dataset,
             split,
             batch_size=args.batch_size or 8,
             max_records=args.max_records,
-            execution=execution,
+            execution=execution(dataset.header.sequence_length),
         )
     figures = {
         "loss": result.loss,

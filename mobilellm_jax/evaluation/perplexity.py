@@ -11,12 +11,12 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from mobilellm_jax.data.loader import eval_batches, open_split
-from mobilellm_jax.data.records import DatasetHeader
+from mobilellm_jax.data.dataset import Dataset
+from mobilellm_jax.data.loader import RecordSource, eval_batches
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.loading import TextModel
-from mobilellm_jax.model.transformer import Execution
-from mobilellm_jax.training.step import make_eval_step
+from mobilellm_jax.model.execution import Execution
+from mobilellm_jax.model_bundle import ModelBundle
+from mobilellm_jax.objectives.next_token import make_eval_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Perplexity:
 
 
 def split_perplexity(
-    eval_step: Callable, params: dict, batches: Iterable[dict], header: DatasetHeader, split: str
+    eval_step: Callable, params: dict, batches: Iterable[dict], source: RecordSource
 ) -> Perplexity:
     """Runs `eval_step(params, batch)` over `batches` and sums up.
 
@@ -56,22 +56,23 @@ def split_perplexity(
     split, in proportion to the tokens when only part of it is evaluated.
 
     Args:
-      eval_step: from `training.step.make_eval_step`, jitted.
+      eval_step: from `objectives.next_token.make_eval_step`, jitted.
       batches: device batches of the split.
+      source: the split.
     """
     total, num_tokens = 0.0, 0.0
     for batch in batches:
         batch_total, batch_tokens = jax.device_get(eval_step(params, batch))
         total, num_tokens = total + float(batch_total), num_tokens + float(batch_tokens)
     loss = total / num_tokens
-    info = header.splits[split]
+    info = source.header.splits[source.split]
     bytes_per_token = info.num_bytes / info.num_tokens if info.num_bytes else math.nan
     return Perplexity(loss, int(num_tokens), loss / math.log(2) / bytes_per_token)
 
 
 def dataset_perplexity(
-    model: TextModel,
-    directory: str | Path,
+    model: ModelBundle,
+    dataset: Dataset,
     split: str,
     *,
     batch_size: int,
@@ -83,19 +84,18 @@ def dataset_perplexity(
     Raises:
       UserError: no such split, or a dataset that was made with another tokenizer.
     """
-    header = DatasetHeader.load(directory)
-    if header.tokenizer_sha256 != model.tokenizer.sha256:
+    if dataset.tokenizer.sha256 != model.tokenizer.sha256:
         raise UserError(
-            f"{directory} was prepared with another tokenizer than the checkpoint's: prepare the "
-            "text again with the tokenizer.model of the checkpoint"
+            f"{dataset.directory} was prepared with another tokenizer than the checkpoint's: "
+            "prepare the text again with the tokenizer.model of the checkpoint"
         )
-    num_records = len(open_split(directory, split))
-    if max_records is not None:
-        num_records = min(max_records, num_records)
-    batches = eval_batches(directory, split, batch_size=batch_size, max_records=max_records)
-    eval_step = make_eval_step(model.config, execution, mask_documents=model.mask_documents)
+    source = RecordSource(dataset, split)
+    num_records = len(source) if max_records is None else min(max_records, len(source))
+    batches = eval_batches(source, batch_size=batch_size, max_records=max_records)
+    mask_documents = bool(model.provenance.mask_documents)
+    eval_step = make_eval_step(model.config, execution, mask_documents=mask_documents)
     shown = tqdm(batches, total=math.ceil(num_records / batch_size), unit="batch")
-    return split_perplexity(jax.jit(eval_step), model.params, shown, header, split)
+    return split_perplexity(jax.jit(eval_step), model.params, shown, source)
 
 
 OFFICIAL_CHUNK = 2048
@@ -126,7 +126,7 @@ def official_text(path: str | Path) -> str:
 
 
 def official_perplexity(
-    model: TextModel,
+    model: ModelBundle,
     text: str,
     *,
     execution: Execution,

@@ -34,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Prints each prompt with its continuation; a single one as it comes."""
-    from mobilellm_jax.compilation_cache import use_compilation_cache
+    from mobilellm_jax.checkpoints.loading import load_text_model
     from mobilellm_jax.inference.generate import generate
     from mobilellm_jax.inference.sampling import Sampling
-    from mobilellm_jax.loading import load_text_model
+    from mobilellm_jax.machine.compilation_cache import use_compilation_cache
 
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     if not 0 <= args.seed < 2**32:
@@ -58,14 +58,11 @@ def main(args: argparse.Namespace) -> None:
     if single:
         print(prompts[0], end="", flush=True)
     texts = generate(
-        model.config,
-        model.params,
-        model.tokenizer,
+        model,
         prompts,
         max_tokens=args.max_tokens,
         sampling=sampling,
         seed=args.seed,
-        bos=model.bos,
         on_text=(lambda _, piece: print(piece, end="", flush=True)) if single else lambda *_: None,
     )
     if single:

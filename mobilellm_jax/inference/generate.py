@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference.sampling import Sampling, sample
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.decoding import DecodeWeights, decode, decode_weights, make_cache
-from mobilellm_jax.model.transformer import Execution, MobileLLM
+from mobilellm_jax.model.execution import Execution, execution_for
+from mobilellm_jax.model.transformer import MobileLLM
+from mobilellm_jax.model_bundle import ModelBundle
+from mobilellm_jax.tokenizers.tokenizer import Tokenizer, check_vocabulary
 
 # Prompt and cache lengths are rounded up to multiples of this: one compilation serves many.
 _LENGTH_BUCKET = 64
@@ -61,7 +63,7 @@ def generate_tokens(
             config.max_seq_len,
         )
         max_tokens = room
-    model = MobileLLM(config, execution or Execution())
+    model = MobileLLM(config, execution or _execution(config, lengths))
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.key(seed), jnp.arange(len(prompts))
     )
@@ -82,13 +84,14 @@ def _steps(model, params, weights, prompts, row_keys, max_tokens, sampling):
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     lengths_B = jnp.array(lengths, jnp.int32)
-    hidden, fresh = _prefill(model, params, tokens, lengths_B)
+    hidden, prompt_kv = _prefill(model, params, tokens, lengths_B)
     next_B = _first_token(model, params, hidden, row_keys, sampling)
     yield next_B
     if max_tokens == 1:
         return
-    cache = make_cache(fresh, lengths_B, _round_up(max(lengths) + max_tokens))
-    del fresh
+    capacity = _round_up(max(lengths) + max_tokens)
+    cache = make_cache(model.config, prompt_kv, lengths_B, capacity)
+    del prompt_kv
     weights = weights or decode_weights(params, model.execution.dtype, num_rows=len(prompts))
     for number in range(1, max_tokens):
         next_B, cache = _decode_token(model, weights, cache, next_B, row_keys, number, sampling)
@@ -110,46 +113,39 @@ def _one_ahead(steps: Iterator[jax.Array]) -> Iterator[jax.Array]:
 
 
 def generate(
-    config: ModelConfig,
-    params: dict,
-    tokenizer: Tokenizer,
+    model: ModelBundle,
     prompts: Sequence[str],
     *,
     max_tokens: int,
     sampling: Sampling,
     seed: int = 0,
-    bos: bool = True,
     on_text: Callable[[int, str], None] = lambda row, text: None,
 ) -> list[str]:
     """Continues texts; returns the continuations, without the prompts.
 
     Args:
-      bos: put BOS before each prompt, as before each document in training.
+      model: one with a tokenizer.
       on_text: called with (row, new piece of text) as the text comes.
 
     Raises:
       UserError: see `generate_tokens`; or a tokenizer with more ids than the model.
     """
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, the model knows "
-            f"{config.vocab_size}: use the tokenizer that it was trained with"
-        )
-    bos = bos and tokenizer.bos_id is not None
-    ids = [tokenizer.encode(prompt, bos=bos) for prompt in prompts]
+    tokenizer = model.tokenizer
+    check_vocabulary(tokenizer, model.config.vocab_size, "the tokenizer")
+    ids = [tokenizer.encode(prompt, bos=model.bos_id is not None) for prompt in prompts]
     rows = [_RowText(tokenizer, prompt_ids) for prompt_ids in ids]
-    eos_id = tokenizer.eos_id
+    stop_ids = frozenset(model.stop_ids)
     for tokens in generate_tokens(
-        config,
-        params,
+        model.config,
+        model.params,
         ids,
         max_tokens=max_tokens,
         sampling=sampling,
         seed=seed,
-        stop_ids=frozenset() if eos_id is None else frozenset({eos_id}),
+        stop_ids=stop_ids,
     ):
         for row, token in enumerate(tokens.tolist()):
-            if token not in (-1, eos_id) and (piece := rows[row].add(token)):
+            if token != -1 and token not in stop_ids and (piece := rows[row].add(token)):
                 on_text(row, piece)
     for row, text in enumerate(rows):
         if piece := text.finish():
@@ -202,6 +198,12 @@ def _check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> lis
     return [len(prompt) for prompt in prompts]
 
 
+def _execution(config: ModelConfig, prompt_lengths: list[int]) -> Execution:
+    """fp32, with the kernel of this device for the prompts."""
+    num_tokens = _round_up(max(prompt_lengths))
+    return execution_for(jax.local_devices()[0], config, num_tokens, dtype="float32")
+
+
 def _round_up(length: int) -> int:
     return -(-length // _LENGTH_BUCKET) * _LENGTH_BUCKET
 
@@ -209,9 +211,9 @@ def _round_up(length: int) -> int:
 @functools.partial(jax.jit, static_argnames="model")
 def _prefill(model: MobileLLM, params, tokens_BT, lengths_B):
     """Hidden state `[B, D]` of each prompt's last token, and all keys and values."""
-    hidden_BTD, fresh = model.apply({"params": params}, tokens_BT, method="prefill")
+    hidden_BTD, prompt_kv = model.apply({"params": params}, tokens_BT, method="prefill")
     last_B11 = (lengths_B - 1)[:, None, None]
-    return jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0], fresh
+    return jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0], prompt_kv
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"))

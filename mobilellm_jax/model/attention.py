@@ -1,6 +1,7 @@
 """Rotary positions and causal grouped-query attention, as functions of arrays."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,10 +12,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mobilellm_jax.model.attention_kernels import (
     ATTENTION_RESIDUALS,
-    choose_attention,
+    check_shape,
     cudnn_attention,
     splash_attention,
 )
+from mobilellm_jax.model.layers import constrain
+from mobilellm_jax.model.visits import Visit
 
 _MASKED = -1e30  # finite: a row without any visible key must not become NaN
 
@@ -49,38 +52,106 @@ def apply_rope(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Ar
     return (x * cos + rotated * sin).astype(x_BTNH.dtype)
 
 
+class CausalAttention:
+    """Attention of the tokens of one call to each other, for one visit of a block.
+
+    Attributes:
+      key_value: the keys and values that the visit attended to, once it was called.
+    """
+
+    def __init__(
+        self, kind: str, segment_ids_BT: jax.Array | None, reused_kv: KeyValue | None = None
+    ):
+        """Takes `kind` and `segment_ids_BT` as `causal_attention` does.
+
+        Args:
+          reused_kv: keys and values of an earlier visit, for a visit that projects none.
+        """
+        self._kind, self._segment_ids_BT = kind, segment_ids_BT
+        self.key_value = reused_kv
+
+    def __call__(self, visit: Visit, q_BTNH, k_BTKH, v_BTKH) -> jax.Array:
+        if visit.projects_kv:
+            self.key_value = KeyValue(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
+        q_BTNH = constrain(q_BTNH, ("batch", "seq", "act_heads", "head_dim"))
+        with jax.named_scope("attend"):
+            return causal_attention(
+                q_BTNH, self.key_value, segment_ids_BT=self._segment_ids_BT, kind=self._kind
+            )
+
+
+class CachedAttention:
+    """Attention of new tokens to all tokens so far, for all visits of one call.
+
+    Attributes:
+      keys, values: of each cache slot, as in `decoding.KVCache`; those of the new tokens are stored
+        as their visits are called.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[jax.Array],
+        values: Sequence[jax.Array],
+        lengths_B: jax.Array,
+        positions_BT: jax.Array,
+    ):
+        """Begins a call.
+
+        Args:
+          lengths_B: tokens that each row held before.
+          positions_BT: of the new tokens.
+        """
+        self.keys, self.values = list(keys), list(values)
+        self._lengths_B, self._positions_BT = lengths_B, positions_BT
+
+    def __call__(self, visit: Visit, q_BTNH, k_BTKH, v_BTKH) -> jax.Array:
+        slot = visit.cache_slot
+        if visit.projects_kv:
+            k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.swapaxes(1, 2)
+            self.keys[slot] = _store(self.keys[slot], k_BKHT, self._lengths_B, axis=2)
+            self.values[slot] = _store(self.values[slot], v_BKTH, self._lengths_B, axis=1)
+        return attend_to_cache(q_BTNH, self.keys[slot], self.values[slot], self._positions_BT)
+
+
+def _store(held, new, starts_B, axis):
+    """Writes `new` `[B, K, ...]` into `held` `[B * K, ...]`, each row from its start on `axis`."""
+    update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis)
+    if new.shape[0] == 1:  # as a batch of one, XLA would copy the cache
+        return update(held, new[0], starts_B[0])
+    return jax.vmap(update)(held.reshape(*new.shape[:2], *held.shape[1:]), new, starts_B).reshape(
+        held.shape
+    )
+
+
 def causal_attention(
     q_BTNH: jax.Array,
-    fresh: KeyValue,
+    key_value: KeyValue,
     *,
     segment_ids_BT: jax.Array | None = None,
-    kind: str = "auto",
+    kind: str = "xla",
 ) -> jax.Array:
     """Attention of T tokens to each other: each to itself and to those before it.
 
     Args:
       q_BTNH: rotated queries.
-      fresh: rotated keys and values of the same T tokens.
+      key_value: rotated keys and values of the same T tokens.
       segment_ids_BT: when given, a token sees only tokens of its own segment (document).
-      kind: "auto" or a kernel (`attention_kernels.choose_attention`). Under a mesh, a kernel's name
-        is taken to have been chosen for the devices of that mesh: they may not be here.
+      kind: "xla", or a kernel of the device that the program is for
+        (`attention_kernels.choose_attention`).
 
     Returns:
       `[B, T, N, H]` in the dtype of the queries; softmax is computed in fp32.
+
+    Raises:
+      UserError: a kernel that does not take operands of this dtype or size.
     """
-    if kind == "auto" or jax.sharding.get_abstract_mesh().empty:
-        kind = choose_attention(
-            kind,
-            jax.local_devices()[0],
-            dtype=q_BTNH.dtype,
-            head_dim=q_BTNH.shape[-1],
-            num_tokens=q_BTNH.shape[1],
-        )
+    check_shape(kind, q_BTNH.dtype, head_dim=q_BTNH.shape[-1], num_tokens=q_BTNH.shape[1])
     if kind == "cudnn":
-        return cudnn_attention(q_BTNH, *fresh, segment_ids_BT)
+        return cudnn_attention(q_BTNH, *key_value, segment_ids_BT)
     if kind == "splash":
-        return splash_attention(q_BTNH, *fresh, segment_ids_BT)
-    return _from_grouped(_blocked_attention(_to_grouped(q_BTNH, fresh), *fresh, segment_ids_BT))
+        return splash_attention(q_BTNH, *key_value, segment_ids_BT)
+    grouped = _to_grouped(q_BTNH, key_value)
+    return _from_grouped(_blocked_attention(grouped, *key_value, segment_ids_BT))
 
 
 def _to_grouped(q_BTNH: jax.Array, kv: KeyValue) -> jax.Array:

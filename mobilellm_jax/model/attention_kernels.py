@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 
 from mobilellm_jax.errors import UserError
 
-ATTENTION_KINDS = ("auto", "xla", "cudnn", "splash")
+ATTENTION_KINDS = ("xla", "cudnn", "splash")
 ATTENTION_RESIDUALS = "attention_residuals"  # the name of output and normaliser
 
 _SPLASH_BLOCKS = (512, 384, 256, 128)
@@ -42,33 +42,55 @@ def choose_attention(
     "splash" is jax's Pallas kernel; it works in blocks of a multiple of 128 tokens.
 
     Args:
-      requested: one of ATTENTION_KINDS; "auto" takes the device's kernel if it can run, else XLA.
+      requested: one of ATTENTION_KINDS, or "auto": the device's kernel if it can run, else XLA.
       device: a `jax.Device`, of this machine or of a `jax.experimental.topologies` description.
 
     Raises:
-      UserError: a kernel was asked for by name where it cannot run.
+      UserError: no such kernel, or one that was asked for by name where it cannot run.
     """
-    dtype = np.dtype(dtype)
+    if requested not in ("auto", *ATTENTION_KINDS):
+        choices = ", ".join(("auto", *ATTENTION_KINDS))
+        raise UserError(f"execution.attention = {requested!r}: use one of {choices}")
+    has_kernel = {
+        "cudnn": _cuda_capability(device) >= (8, 0),
+        "splash": device.platform == "tpu",
+        "xla": True,
+    }
     runs = {
-        "cudnn": _cuda_capability(device) >= (8, 0)
-        and dtype in (jnp.bfloat16, jnp.float16)
-        and head_dim % 8 == 0
-        and head_dim <= 128
-        and num_tokens % 2 == 0,
-        "splash": device.platform == "tpu"
-        and dtype in (jnp.bfloat16, jnp.float32)
-        and head_dim % 8 == 0
-        and head_dim <= 256
-        and num_tokens % min(_SPLASH_BLOCKS) == 0,
+        kind: has_kernel[kind] and takes_shape(kind, dtype, head_dim, num_tokens)
+        for kind in has_kernel
     }
     if requested == "auto":
-        return next((kind for kind, can_run in runs.items() if can_run), "xla")
-    if not runs.get(requested, True):
-        raise UserError(
-            f"execution.attention = {requested!r} needs {_NEEDS[requested]}; here: "
-            f"{device.device_kind}, {dtype.name}, {head_dim}, {num_tokens}. Use 'auto'"
-        )
+        return next(kind for kind, can_run in runs.items() if can_run)
+    if not runs[requested]:
+        raise _unsuitable(requested, device.device_kind, dtype, head_dim, num_tokens)
     return requested
+
+
+def takes_shape(kind: str, dtype: Any, head_dim: int, num_tokens: int) -> bool:
+    """Whether a kernel takes operands of that dtype and size, on a device that has it."""
+    dtype = np.dtype(dtype)
+    if kind == "cudnn":
+        dtypes, widest, tokens = (jnp.bfloat16, jnp.float16), 128, 2
+    elif kind == "splash":
+        dtypes, widest, tokens = (jnp.bfloat16, jnp.float32), 256, min(_SPLASH_BLOCKS)
+    else:
+        return True
+    fits = head_dim % 8 == 0 and head_dim <= widest and num_tokens % tokens == 0
+    return fits and dtype in dtypes
+
+
+def check_shape(kind: str, dtype: Any, head_dim: int, num_tokens: int) -> None:
+    """Raises UserError unless `takes_shape`."""
+    if not takes_shape(kind, dtype, head_dim, num_tokens):
+        raise _unsuitable(kind, "a call with", dtype, head_dim, num_tokens)
+
+
+def _unsuitable(kind: str, where: str, dtype: Any, head_dim: int, num_tokens: int) -> UserError:
+    return UserError(
+        f"execution.attention = {kind!r} needs {_NEEDS[kind]}; here: {where}, "
+        f"{np.dtype(dtype).name}, {head_dim}, {num_tokens}. Use 'auto'"
+    )
 
 
 def _cuda_capability(device: Any) -> tuple[int, int]:

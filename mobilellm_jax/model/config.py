@@ -1,8 +1,8 @@
-"""`ModelConfig`: everything that defines a model's function, and what it costs.
+"""`ModelConfig`: everything that defines a model's function.
 
-The config is saved with every checkpoint and read from there by everything downstream. What only
-changes how the same function is computed (dtype, remat, kernels, unrolling) is not in here: see
-`mobilellm_jax.model.transformer.Execution`.
+The config is saved with every checkpoint and read from there by everything downstream. How the same
+function is computed (dtype, remat, kernels, unrolling) is not in here: see
+`mobilellm_jax.model.execution.Execution`.
 
 Letters used in the whole repository: B batch, T query positions, S key positions, D embed, N query
 heads, K key/value heads, G = N / K, H head_dim, F ffn, V vocabulary, L stored blocks, R repeats.
@@ -10,11 +10,13 @@ heads, K key/value heads, G = N / K, H head_dim, F ffn, V vocabulary, L stored b
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.visits import Visit, visits
 
 FFN_KINDS = ("swiglu", "relu")
 SHARING_ORDERS = ("none", "immediate", "repeat_all", "reverse")
@@ -114,20 +116,20 @@ class ModelConfig:
         """Blocks executed in one forward pass: L * R."""
         return self.num_layers * self.num_repeats
 
+    @functools.cached_property
+    def visits(self) -> tuple[Visit, ...]:
+        """The executions of stored blocks, in order."""
+        return visits(self)
+
     @property
     def visit_order(self) -> tuple[int, ...]:
         """The stored block (0-based) run at each of the `depth` steps (paper, figure 6)."""
-        blocks = range(self.num_layers)
-        if self.sharing in ("none", "immediate"):
-            return tuple(i for i in blocks for _ in range(self.num_repeats))
-        turns = self.sharing == "reverse"
-        passes = (blocks[::-1] if turns and r % 2 else blocks for r in range(self.num_repeats))
-        return tuple(i for one_pass in passes for i in one_pass)
+        return tuple(visit.block for visit in self.visits)
 
     @property
-    def num_cached_visits(self) -> int:
-        """Visits of each block whose keys and values a decoder must keep: R, or 1."""
-        return 1 if self.shared_kv == "first_visit" else self.num_repeats
+    def num_cache_slots(self) -> int:
+        """Visits whose keys and values a decoder must keep: all, or the first of each block."""
+        return sum(visit.projects_kv for visit in self.visits)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values; `from_dict` is its inverse."""
@@ -165,59 +167,3 @@ def _check_positive(config: ModelConfig) -> None:
         value = getattr(config, field.name)
         if field.type in (int, float) and not (0 < value < math.inf):
             raise UserError(f"model.{field.name} = {value}: use a positive number")
-
-
-def count_params(config: ModelConfig) -> int:
-    """Stored parameters: shared blocks once, a tied embedding once (paper, table 9)."""
-    c = config
-    attention = 2 * c.embed_dim * c.num_heads * c.head_dim  # query and output projections
-    attention += 2 * c.embed_dim * c.num_kv_heads * c.head_dim
-    ffn = (3 if c.ffn == "swiglu" else 2) * c.embed_dim * c.ffn_dim
-    norms = 2 * c.embed_dim
-    embeddings = (1 if c.tie_embeddings else 2) * c.vocab_size * c.embed_dim
-    return c.num_layers * (attention + ffn + norms) + c.embed_dim + embeddings
-
-
-def matmul_params_per_token(config: ModelConfig) -> int:
-    """Weights that one token is multiplied with: every visit counted, the head once.
-
-    The embedding lookup and the norms count 0. A later visit under `first_visit` does not project
-    keys and values.
-    """
-    c = config
-    query_and_output = 2 * c.embed_dim * c.num_heads * c.head_dim
-    key_and_value = 2 * c.embed_dim * c.num_kv_heads * c.head_dim
-    ffn = (3 if c.ffn == "swiglu" else 2) * c.embed_dim * c.ffn_dim
-    blocks = c.depth * (query_and_output + ffn)
-    blocks += c.num_layers * c.num_cached_visits * key_and_value
-    return blocks + c.vocab_size * c.embed_dim
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainFlops:
-    """Floating-point operations of forward and backward pass, per token.
-
-    Attributes:
-      matmul: 6 per weight multiplied with (2 forward, 4 backward); attention left out ("6N").
-      causal: with the half of the attention scores that a causal mask keeps. The headline figure
-        (Megatron, MaxText).
-      full: with all scores (PaLM, nanoGPT).
-    """
-
-    matmul: int
-    causal: int
-    full: int
-
-
-def train_flops_per_token(config: ModelConfig, seq_len: int) -> TrainFlops:
-    """Training FLOPs per token at `seq_len`; rematerialised work is not counted."""
-    matmul = 6 * matmul_params_per_token(config)
-    half_of_scores = 6 * config.depth * config.num_heads * config.head_dim * seq_len
-    return TrainFlops(matmul, matmul + half_of_scores, matmul + 2 * half_of_scores)
-
-
-def kv_cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
-    """Bytes of keys and values kept for one token of context (2 bytes per value: fp16, bf16)."""
-    c = config
-    slots = c.num_layers * c.num_cached_visits
-    return slots * 2 * c.num_kv_heads * c.head_dim * bytes_per_value

@@ -10,26 +10,24 @@ that lies output by output, `[outputs, inputs]` (a CPU then reads it from end to
 time of a token), several rows by one that lies `[inputs, outputs]` (0.8 of the time with 4 rows).
 """
 
-import collections
 import functools
 from typing import NamedTuple
 
 import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mobilellm_jax.model.attention import KeyValue, apply_rope, attend_to_cache, rope_tables
+from mobilellm_jax.model.attention import CachedAttention, KeyValue, rope_tables
+from mobilellm_jax.model.block import run_block
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model.layers import RMSNorm
+from mobilellm_jax.model.layers import rms_norm
 
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens so far, with a static capacity of S tokens.
 
-    One array for each visit that has its own, visit r of block i at i * R' + r, with R' =
-    `ModelConfig.num_cached_visits`. In the shapes of their products: B and K are one axis because
-    XLA would copy a cache that is stored to in one shape and read in another.
+    One array for each cache slot (`Visit.cache_slot`), in the shapes of their products: B and K are
+    one axis because XLA would copy a cache that is stored to in one shape and read in another.
 
     Attributes:
       keys: `[B * K, H, S]` each: half the time of `[B * K, S, H]` on a CPU.
@@ -47,16 +45,15 @@ class KVCache(NamedTuple):
         return self.keys[0].shape[2]
 
 
-class BlockWeights(NamedTuple):
+class BlockMatrices(NamedTuple):
     """One block; matrices in the compute dtype, joined where they share an input.
 
     Shapes are those for several rows; for one, the matrices of two axes are transposed.
     """
 
-    attention_norm: jax.Array  # [D]
+    norms: dict[str, jax.Array]  # [D]
     query_key_value: jax.Array  # [D, (N + 2K) H]
     output: jax.Array  # [N, H, D]
-    ffn_norm: jax.Array  # [D]
     gate_up: jax.Array  # [D, 2F]; [D, F] for an ffn without a gate
     down: jax.Array  # [F, D]
 
@@ -73,7 +70,7 @@ class DecodeWeights:
     """
 
     vocabulary: dict[str, jax.Array]
-    blocks: tuple[BlockWeights, ...]
+    blocks: tuple[BlockMatrices, ...]
     final_norm: jax.Array
     for_one_row: bool = flax.struct.field(pytree_node=False)
 
@@ -91,14 +88,14 @@ def decode_weights(params: dict, dtype: str, *, num_rows: int) -> DecodeWeights:
     one = num_rows == 1
     return DecodeWeights(
         {name: params[name].astype(dtype) for name in ("embedding", "head") if name in params},
-        tuple(_block_weights(params["blocks"], layer, dtype, one) for layer in range(num_layers)),
+        tuple(_block_matrices(params["blocks"], layer, dtype, one) for layer in range(num_layers)),
         params["final_norm"]["scale"],
         one,
     )
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "for_one_row"))
-def _block_weights(blocks: dict, layer: int, dtype: str, for_one_row: bool) -> BlockWeights:
+def _block_matrices(blocks: dict, layer: int, dtype: str, for_one_row: bool) -> BlockMatrices:
     block = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), blocks)
 
     def join(*matrices):
@@ -107,33 +104,38 @@ def _block_weights(blocks: dict, layer: int, dtype: str, for_one_row: bool) -> B
         return joined.T if for_one_row else joined
 
     attention, ffn = block["attention"], block["ffn"]
-    return BlockWeights(
-        attention_norm=block["attention_norm"]["scale"],
+    return BlockMatrices(
+        norms={name: weights["scale"] for name, weights in block.items() if "scale" in weights},
         query_key_value=join(attention["query"], attention["key"], attention["value"]),
         output=attention["output"].astype(dtype),
-        ffn_norm=block["ffn_norm"]["scale"],
         gate_up=join(*(ffn[name] for name in ("gate", "up") if name in ffn)),
         down=join(ffn["down"]),
     )
 
 
-def make_cache(fresh: KeyValue, lengths_B: jax.Array, capacity: int) -> KVCache:
-    """What `MobileLLM.prefill` computed, as a cache.
+def make_cache(
+    config: ModelConfig, prompts: KeyValue, lengths_B: jax.Array, capacity: int
+) -> KVCache:
+    """The result of `MobileLLM.prefill` as a cache.
 
     Args:
-      fresh: keys and values of prompts padded on the right.
-      lengths_B: int32, tokens in each row; what stands behind them is ignored.
+      prompts: keys and values of prompts padded on the right, `[L, R', B, K, T, H]`.
+      lengths_B: int32, tokens in each row; those behind them are ignored.
       capacity: S >= T, tokens that the cache can hold.
     """
-    visits = np.ndindex(fresh.keys.shape[:2])
-    keys, values = zip(*(_cached_visit(fresh, visit, capacity) for visit in visits), strict=True)
+    slots = [
+        _cache_slot(prompts, (visit.block, visit.repeat), capacity)
+        for visit in config.visits
+        if visit.projects_kv
+    ]
+    keys, values = zip(*slots, strict=True)
     return KVCache(keys, values, lengths_B)
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
-def _cached_visit(fresh: KeyValue, visit: tuple[int, int], capacity: int) -> KeyValue:
+def _cache_slot(prompts: KeyValue, visit: tuple[int, int], capacity: int) -> KeyValue:
     """The visit's index is no constant, so that one compilation serves all."""
-    kv = jax.tree.map(lambda x_LRBKTH: x_LRBKTH[visit], fresh)
+    kv = jax.tree.map(lambda x_LRBKTH: x_LRBKTH[visit], prompts)
     B, K, T, H = kv.keys.shape
     free = (0, capacity - T)
     keys_XHT = kv.keys.swapaxes(2, 3).reshape(B * K, H, T)
@@ -148,69 +150,52 @@ def decode(
 ) -> tuple[jax.Array, KVCache]:
     """Continues every row by T tokens (usually one); returns hidden states and the new cache.
 
-    The hidden states `[B, T, D]` are what `MobileLLM.logits` is applied to. The caller keeps
+    The hidden states `[B, T, D]` are the input of `MobileLLM.logits`. The caller keeps
     `lengths + T` within the capacity.
-
-    The same function as `MobileLLM`'s, written once more for its own needs; the norms, the rotary
-    embedding and the head are shared.
     """
     positions_BT = cache.lengths[:, None] + jnp.arange(tokens_BT.shape[1])[None, :]
     rope = rope_tables(positions_BT, config.head_dim, config.rope_theta)
-    keys, values = list(cache.keys), list(cache.values)
-    num_visits = collections.Counter()
-    product = "BTD,FD->BTF" if weights.for_one_row else "BTD,DF->BTF"
-    multiply = functools.partial(jnp.einsum, product)
+    attention = CachedAttention(cache.keys, cache.values, cache.lengths, positions_BT)
     x_BTD = weights.vocabulary["embedding"][tokens_BT]
-    for layer in config.visit_order:
-        block = weights.blocks[layer]
-        q_BTNH, k_BTKH, v_BTKH = _project(config, block, x_BTD, rope, multiply)
-        own = config.shared_kv == "own"
-        slot = layer * config.num_cached_visits + (num_visits[layer] if own else 0)
-        # A later visit of "first_visit" drops the keys and values it has projected: the product
-        # without them would be narrower, and no faster.
-        if own or num_visits[layer] == 0:
-            keys[slot] = _store(keys[slot], k_BTKH.transpose(0, 2, 3, 1), cache.lengths, axis=2)
-            values[slot] = _store(values[slot], v_BTKH.swapaxes(1, 2), cache.lengths, axis=1)
-        num_visits[layer] += 1
-        attended_BTNH = attend_to_cache(q_BTNH, keys[slot], values[slot], positions_BT)
+    for visit in config.visits:
+        block = _DecodingBlock(config, weights.blocks[visit.block], weights.for_one_row)
+        x_BTD = run_block(config, block, x_BTD, rope, visit, attention)
+    keys, values = tuple(attention.keys), tuple(attention.values)
+    cache = KVCache(keys, values, cache.lengths + tokens_BT.shape[1])
+    return rms_norm(x_BTD, weights.final_norm, config.norm_eps), cache
+
+
+class _DecodingBlock:
+    """A block's weights in decoding. Implements `block.BlockWeights`."""
+
+    def __init__(self, config: ModelConfig, matrices: BlockMatrices, for_one_row: bool):
+        self._config, self._matrices = config, matrices
+        product = "BTD,FD->BTF" if for_one_row else "BTD,DF->BTF"
+        self._multiply = functools.partial(jnp.einsum, product)
+
+    def norm(self, name, x_BTD):
+        return rms_norm(x_BTD, self._matrices.norms[name], self._config.norm_eps)
+
+    def query_key_value(self, x_BTD, projects_kv):
+        # Where keys and values are not projected, a narrower product would be no faster.
+        N, K, H = self._config.num_heads, self._config.num_kv_heads, self._config.head_dim
+        joined = self._multiply(x_BTD, self._matrices.query_key_value)
+        joined = joined.reshape(*x_BTD.shape[:2], N + 2 * K, H)
+        return joined[:, :, :N], joined[:, :, N : N + K], joined[:, :, N + K :]
+
+    def output(self, attended_BTNH):
         # Head by head, then summed: XLA on CPU leaves one product of this size to one core.
         by_head = jnp.einsum(
-            "BTNH,NHD->NBTD", attended_BTNH, block.output, preferred_element_type=jnp.float32
+            "BTNH,NHD->NBTD",
+            attended_BTNH,
+            self._matrices.output,
+            preferred_element_type=jnp.float32,
         )
-        x_BTD = x_BTD + by_head.sum(axis=0).astype(x_BTD.dtype)
-        x_BTD = x_BTD + _feed_forward(config, block, x_BTD, multiply)
-    cache = KVCache(tuple(keys), tuple(values), cache.lengths + tokens_BT.shape[1])
-    return _norm(config, weights.final_norm, x_BTD), cache
+        return by_head.sum(axis=0).astype(attended_BTNH.dtype)
 
+    def gate_up(self, x_BTD):
+        hidden = self._multiply(x_BTD, self._matrices.gate_up)
+        return jnp.split(hidden, 2, axis=-1) if self._config.ffn == "swiglu" else (None, hidden)
 
-def _norm(config, scale, x_BTD):
-    return RMSNorm(config.norm_eps).apply({"params": {"scale": scale}}, x_BTD)
-
-
-def _project(config, block, x_BTD, rope, multiply):
-    """Rotated queries and keys, and values."""
-    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
-    joined = multiply(_norm(config, block.attention_norm, x_BTD), block.query_key_value)
-    joined = joined.reshape(*x_BTD.shape[:2], N + 2 * K, H)
-    rotated = apply_rope(joined[:, :, : N + K], rope)
-    return rotated[:, :, :N], rotated[:, :, N:], joined[:, :, N + K :]
-
-
-def _store(held, new, starts_B, axis):
-    """Writes `new` `[B, K, ...]` into `held` `[B * K, ...]`, each row from its start on `axis`."""
-    update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis)
-    if new.shape[0] == 1:  # as a batch of one, XLA would copy the cache
-        return update(held, new[0], starts_B[0])
-    return jax.vmap(update)(held.reshape(*new.shape[:2], *held.shape[1:]), new, starts_B).reshape(
-        held.shape
-    )
-
-
-def _feed_forward(config, block, x_BTD, multiply):
-    hidden = multiply(_norm(config, block.ffn_norm, x_BTD), block.gate_up)
-    if config.ffn == "swiglu":
-        gate, up = jnp.split(hidden, 2, axis=-1)
-        hidden = jax.nn.silu(gate) * up
-    else:
-        hidden = jax.nn.relu(hidden)
-    return multiply(hidden, block.down)
+    def down(self, hidden_BTF):
+        return self._multiply(hidden_BTF, self._matrices.down)

@@ -6,54 +6,21 @@ so a shared block exists once in memory, in the gradient and on disk.
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.attention import KeyValue, rope_tables
-from mobilellm_jax.model.attention_kernels import ATTENTION_KINDS, attention_saveable
+from mobilellm_jax.model.block import Block, TokenContext
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model.layers import Block, RMSNorm, TokenContext, constrain
+from mobilellm_jax.model.execution import REMAT_POLICIES, Execution
+from mobilellm_jax.model.layers import RMSNorm, constrain, declare_matrix
+from mobilellm_jax.model.visits import Visit, sweeps
 
-REMAT_POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, attention_saveable
-    ),
-    "attention": attention_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Execution:
-    """How a model is computed; none of it changes the weights or, but for rounding, the result.
-
-    Attributes:
-      dtype: of activations and matrix products, "float32" or "bfloat16".
-      remat: what the backward pass recomputes: "none" (keep all), "dots" (keep only the results
-        of weight matmuls and of attention), "attention" (only the latter and the input of each
-        block visit) or "full" (keep only the input of each block visit). In a scan over layers
-        "dots" is faster than "none" everywhere: what is kept has to be written to memory twice.
-      unroll_layers: unroll the scan over layers (faster on GPUs, slower to compile).
-      attention: "auto", "xla", "cudnn" or "splash" (see `attention_kernels.choose_attention`).
-    """
-
-    dtype: str = "float32"
-    remat: str = "dots"
-    unroll_layers: bool = False
-    attention: str = "auto"
-
-    def __post_init__(self):
-        for name, choices in (
-            ("dtype", ("float32", "bfloat16")),
-            ("remat", tuple(REMAT_POLICIES)),
-            ("attention", ATTENTION_KINDS),
-        ):
-            if (value := getattr(self, name)) not in choices:
-                raise UserError(f"execution.{name} = {value!r}: use one of {', '.join(choices)}")
+jax.tree_util.register_dataclass(Visit)  # so that a scan can go through the visits of all blocks
 
 
 class MobileLLM(nn.Module):
@@ -68,20 +35,10 @@ class MobileLLM(nn.Module):
 
     def setup(self):
         c = self.config
-        init = nn.initializers.normal(c.init_std)
-        self.embedding = self.param(
-            "embedding",
-            nn.with_logical_partitioning(init, ("vocab", "embed")),
-            (c.vocab_size, c.embed_dim),
-            jnp.float32,
-        )
+        shape = (c.vocab_size, c.embed_dim)
+        self.embedding = declare_matrix(self, "embedding", shape, ("vocab", "embed"), c.init_std)
         if not c.tie_embeddings:
-            self.head = self.param(
-                "head",
-                nn.with_logical_partitioning(init, ("embed", "vocab")),
-                (c.embed_dim, c.vocab_size),
-                jnp.float32,
-            )
+            self.head = declare_matrix(self, "head", shape[::-1], ("embed", "vocab"), c.init_std)
         self.blocks = Block(c, self.execution.attention)
         self.final_norm = RMSNorm(c.norm_eps)
 
@@ -95,18 +52,20 @@ class MobileLLM(nn.Module):
         return self.logits(self.hidden_states(tokens_BT, segment_ids_BT))
 
     def hidden_states(
-        self,
-        tokens_BT: jax.Array,
-        segment_ids_BT: jax.Array | None = None,
-        embedded_BTD: jax.Array | None = None,
+        self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None
     ) -> jax.Array:
-        """What the head is applied to, `[B, T, D]`: for losses that never hold all logits.
+        """Final hidden states `[B, T, D]`, for losses that compute logits in slices."""
+        return self.transform(self.embed(tokens_BT), segment_ids_BT)
 
-        Args:
-          embedded_BTD: what `vocabulary.look_up` found for the tokens; None looks it up here.
-        """
-        x_BTD, _ = self._run(tokens_BT, segment_ids_BT=segment_ids_BT, embedded_BTD=embedded_BTD)
-        return x_BTD
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """Embeddings `[B, T, D]` of the tokens."""
+        return self.embedding[tokens_BT]
+
+    def transform(
+        self, embedded_BTD: jax.Array, segment_ids_BT: jax.Array | None = None
+    ) -> jax.Array:
+        """Final hidden states `[B, T, D]` of embedded tokens."""
+        return self._run(embedded_BTD, segment_ids_BT)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """fp32 logits `[..., V]` of hidden states `[..., D]`."""
@@ -120,93 +79,87 @@ class MobileLLM(nn.Module):
         """Hidden states `[B, T, D]`, and the keys and values to go on from: `decoding.make_cache`.
 
         Prompts of different lengths are padded on the right. Keys and values are
-        `[L, R', B, K, T, H]`, R' = `ModelConfig.num_cached_visits`.
+        `[L, R', B, K, T, H]`, with the R' visits of each block that project them.
         """
-        return self._run(tokens_BT, collect_key_values=True)
+        return self._run(self.embed(tokens_BT), collect_kv=True)
 
     def _run(
         self,
-        tokens_BT: jax.Array,
-        *,
+        embedded_BTD: jax.Array,
         segment_ids_BT: jax.Array | None = None,
-        collect_key_values: bool = False,
-        embedded_BTD: jax.Array | None = None,
+        collect_kv: bool = False,
     ) -> tuple[jax.Array, KeyValue | None]:
-        """Embeds, runs all visits and the final norm; key/values are `[L, R', B, K, T, H]`."""
+        """Runs all visits and the final norm; keys and values as in `prefill`."""
         c = self.config
-        positions_BT = jnp.arange(tokens_BT.shape[1])[None, :]
+        positions_BT = jnp.arange(embedded_BTD.shape[1])[None, :]
         context = TokenContext(
             rope=rope_tables(positions_BT, c.head_dim, c.rope_theta),
             segment_ids=segment_ids_BT,
         )
-        if embedded_BTD is None:
-            embedded_BTD = self.embedding[tokens_BT]
         x_BTD = embedded_BTD.astype(self.execution.dtype)
         x_BTD = constrain(x_BTD, ("batch", "seq", "act_embed"))
-        x_BTD, fresh = self._run_blocks(x_BTD, context, collect_key_values)
-        return self.final_norm(x_BTD), fresh
+        x_BTD, key_value = self._run_sweeps(x_BTD, context, collect_kv)
+        return self.final_norm(x_BTD), key_value
 
-    def _run_blocks(self, x_BTD, context, collect_key_values):
-        """Sweeps over the stored blocks in the order of `config.sharing`.
+    def _run_sweeps(self, x_BTD, context, collect_kv):
+        """Each sweep over the blocks is a scan.
 
-        "none" and "immediate" are one sweep that visits each block R times in a row; the other
-        orders are R sweeps of one visit each. The repeats are a Python loop in the traced body
-        (R is 2 to 4): the first visit is then a different program from the later ones for
-        `first_visit`, and XLA sums a shared block's gradient once per block.
+        The repeats within a sweep are a Python loop in the traced body (R is 2 to 4): the first
+        visit is then a different program from the later ones for `first_visit`, and XLA sums a
+        shared block's gradient once per block.
         """
         c = self.config
-        one_sweep = c.sharing in ("none", "immediate")
-        num_visits = c.num_repeats if one_sweep else 1
-        share_first = c.shared_kv == "first_visit"
-        num_sweeps = c.num_repeats // num_visits
-        # Keys and values leave the scan where they are asked for or read by later sweeps.
-        needed = collect_key_values or (share_first and num_sweeps > 1)
-        given, collected = None, []
-        for sweep in range(num_sweeps):
-            visits = range(sweep * num_visits, (sweep + 1) * num_visits)
+        reused_kv, collected = None, []
+        plan = sweeps(c)
+        for number, sweep in enumerate(plan):
+            # Keys and values leave the scan where they are asked for or read by later sweeps.
+            reuse = c.shared_kv == "first_visit" and number < len(plan) - 1
+            visits = [_stack_visits(c, repeat) for repeat in sweep.repeats]
             run = nn.scan(
-                self._layer_visits(visits, needed and (sweep == 0 or not share_first)),
+                functools.partial(self._visit_block, collect_kv=collect_kv or reuse),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, 0),
+                in_axes=(nn.broadcast, 0, 0),
                 length=c.num_layers,
-                reverse=c.sharing == "reverse" and sweep % 2 == 1,
+                reverse=sweep.reverse,
                 unroll=c.num_layers if self.execution.unroll_layers else 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x_BTD, fresh = run(self.blocks, x_BTD, context, given)
-            if fresh is not None:
-                collected.append(fresh)
-                if share_first and num_sweeps > 1:
-                    given = jax.tree.map(lambda kv: kv[:, 0], fresh)
-        if not collect_key_values:
+            x_BTD, key_value = run(self.blocks, x_BTD, context, visits, reused_kv)
+            if key_value is not None:
+                collected.append(key_value)
+                if reuse:
+                    reused_kv = jax.tree.map(lambda kv: kv[:, 0], key_value)
+        if not collect_kv:
             return x_BTD, None
         return x_BTD, jax.tree.map(lambda *kvs: jnp.concatenate(kvs, axis=1), *collected)
 
-    def _layer_visits(self, visits: range, collect: bool):
-        """The body of the scan: the given visits of one block, one after the other."""
-        share_first = self.config.shared_kv == "first_visit"
+    def _visit_block(self, block, x_BTD, context, visits: list[Visit], reused_kv, *, collect_kv):
+        """The body of the scan: the visits of one block in one sweep, one after the other."""
 
-        def visit(block, x_BTD, context, given):
-            return block(x_BTD, context, given)
+        def run(block, x_BTD, context, visit, reused_kv):
+            return block(x_BTD, context, visit, reused_kv)
 
         if (policy := REMAT_POLICIES[self.execution.remat]) is not None:
             # Without a loop around it, XLA would merge the recomputation with the original.
-            visit = nn.remat(visit, policy=policy, prevent_cse=self.execution.unroll_layers)
+            run = nn.remat(run, policy=policy, prevent_cse=self.execution.unroll_layers)
+        collected = []
+        for visit in visits:
+            x_BTD, key_value = run(
+                block, x_BTD, context, visit, None if visit.projects_kv else reused_kv
+            )
+            if visit.projects_kv:
+                reused_kv = key_value
+                collected.append(key_value)
+        if not (collect_kv and collected):
+            return x_BTD, None
+        return x_BTD, jax.tree.map(lambda *kvs: jnp.stack(kvs), *collected)
 
-        def body(block, x_BTD, context, given):
-            collected = []
-            for _ in visits:
-                x_BTD, fresh = visit(block, x_BTD, context, given)
-                if share_first:
-                    given = fresh
-                if collect and not (share_first and collected):
-                    collected.append(fresh)
-            if not collect:
-                return x_BTD, None
-            return x_BTD, jax.tree.map(lambda *kvs: jnp.stack(kvs), *collected)
 
-        return body
+def _stack_visits(config: ModelConfig, repeat: int) -> Visit:
+    """The visits of all blocks at one repeat, in order of the blocks, as one with arrays `[L]`."""
+    found = sorted((v for v in config.visits if v.repeat == repeat), key=lambda v: v.block)
+    return jax.tree.map(lambda *numbers: np.array(numbers, np.int32), *found)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
@@ -216,13 +169,17 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict:
 
 def abstract_params(config: ModelConfig) -> dict:
     """The shapes and dtypes of `init_params`, without computing anything."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return nn.unbox(_abstract_boxed(config))
 
 
 def logical_axes(config: ModelConfig) -> dict:
     """The parameter tree with each array's logical axes as a `PartitionSpec`."""
-    boxed = jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
-    return nn.get_partition_spec(boxed)
+    return nn.get_partition_spec(_abstract_boxed(config))
+
+
+@functools.cache  # traced once for each model
+def _abstract_boxed(config: ModelConfig) -> dict:
+    return jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
 
 
 def _init_boxed(config: ModelConfig, key: jax.Array) -> dict:

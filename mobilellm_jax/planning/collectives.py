@@ -13,6 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.costs import count_block_params, matmul_params_per_token
+from mobilellm_jax.model.visits import sweeps
 from mobilellm_jax.planning.hlo import Instruction, parse, trip_count
 
 _OPERATIONS = (
@@ -103,18 +105,14 @@ def expected_collectives(
     """
     c, narrow = model, {"bfloat16": "bf16", "float32": "f32"}[compute_dtype]
     fsdp, tensor = mesh_shape.get("fsdp", 1), mesh_shape.get("tensor", 1)
-    key_value = 2 * c.embed_dim * c.num_kv_heads * c.head_dim
-    others = 2 * c.embed_dim * c.num_heads * c.head_dim
-    others += (3 if c.ffn == "swiglu" else 2) * c.embed_dim * c.ffn_dim
-    # Elements of all blocks' matrices on a tensor shard: stored, and once for every visit.
-    blocks = c.num_layers * (others + key_value) // tensor
-    visited = c.num_layers * (c.num_repeats * others + c.num_cached_visits * key_value) // tensor
-    tables = (1 if c.tie_embeddings else 2) * c.vocab_size * c.embed_dim // tensor
     norms = (2 * c.num_layers + 1) * c.embed_dim
-    sweeps = 1 if c.sharing in ("none", "immediate") else c.num_repeats
+    # Elements of all blocks' matrices on a tensor shard: stored, and once for every visit.
+    blocks = (count_block_params(c) - norms) // tensor
+    visited = (matmul_params_per_token(c) - c.vocab_size * c.embed_dim) // tensor
+    tables = (1 if c.tie_embeddings else 2) * c.vocab_size * c.embed_dim // tensor
     activation = tokens * c.embed_dim
     times = accumulation_steps
-    gathers = 1 if gather == "step" else 2 * sweeps * times
+    gathers = 1 if gather == "step" else 2 * len(sweeps(c)) * times
     sums = c.depth * (5 if remat == "full" else 4)
     rows = [
         ("all-gather", narrow, blocks, ("fsdp",), gathers, "weights"),

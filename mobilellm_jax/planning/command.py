@@ -111,8 +111,8 @@ def _flags(plan) -> str:
 
 
 def _write(folder: Path, plans: list, text: str, budget) -> None:
-    from mobilellm_jax.files import write_file
     from mobilellm_jax.planning.report import draw, plan_dict
+    from mobilellm_jax.storage.atomic import write_file
 
     folder.mkdir(parents=True, exist_ok=True)
     values = [{"name": name, **plan_dict(plan, budget)} for name, plan in plans]

@@ -14,17 +14,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.config import (
-    ModelConfig,
-    count_params,
-    matmul_params_per_token,
-    train_flops_per_token,
-)
-from mobilellm_jax.model.transformer import Execution
+from mobilellm_jax.machine.hardware import peak_flops
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.costs import count_params, matmul_params_per_token, train_flops_per_token
+from mobilellm_jax.model.execution import Execution
 from mobilellm_jax.planning.collectives import Collective, collectives, traffic
 from mobilellm_jax.planning.topologies import Topology
 from mobilellm_jax.training import run_config
-from mobilellm_jax.training.hardware import peak_flops
 from mobilellm_jax.training.program import TrainProgram
 from mobilellm_jax.training.sharding import make_mesh
 
@@ -179,7 +175,7 @@ def make_plan(config: ConfigDict, hardware: Topology, sequence_length: int) -> P
     """
     model = run_config.model_config(config)
     mesh = make_mesh(config.mesh, model, hardware.devices)
-    program = TrainProgram(config, mesh, sequence_length)
+    program = TrainProgram(config, model, mesh, sequence_length)
     lowered = program.lower()
     start, refused, text = time.monotonic(), None, ""
     try:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from mobilellm_jax.model.config import ModelConfig, count_params
-from mobilellm_jax.model.transformer import Execution
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.costs import count_params
+from mobilellm_jax.model.execution import Execution, compute_dtype
 from mobilellm_jax.planning.plan import Plan, kept_bytes, make_plan, step_time
 from mobilellm_jax.planning.topologies import Topology
 from mobilellm_jax.training import run_config
-from mobilellm_jax.training.hardware import compute_dtype
 from mobilellm_jax.training.program import resolved_execution
 from mobilellm_jax.training.sharding import make_mesh, mesh_shapes
 
@@ -82,7 +82,7 @@ def candidates(config: ConfigDict, hardware: Topology, sequence_length: int) -> 
             if _rough_memory(model, shape, gather, execution, tokens) > hardware.chip.memory_bytes:
                 continue
             key = (shape, gather)
-            candidate = _candidate(config, hardware, sequence_length, changes)
+            candidate = _candidate(config, model, hardware, sequence_length, changes)
             if key not in found or _rank(candidate) < _rank(found[key]):
                 found[key] = candidate
     return sorted(found.values(), key=_rank)
@@ -99,9 +99,8 @@ def _rank(candidate: Candidate):
     )
 
 
-def _candidate(config, hardware, sequence_length, changes) -> Candidate:
+def _candidate(config, model: ModelConfig, hardware, sequence_length, changes) -> Candidate:
     changed = _changed(config, changes)
-    model = run_config.model_config(changed)
     mesh = make_mesh(changed.mesh, model, hardware.devices)
     step = step_time(
         model,
@@ -109,7 +108,7 @@ def _candidate(config, hardware, sequence_length, changes) -> Candidate:
         mesh,
         tokens_per_chip=changed.train.global_batch_size * sequence_length / mesh.size,
         sequence_length=sequence_length,
-        execution=resolved_execution(changed, mesh, sequence_length),
+        execution=resolved_execution(changed, model, mesh, sequence_length),
         found=[],
     )
     # Every part of an accumulated batch sums its gradients over the network again.

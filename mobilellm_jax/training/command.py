@@ -2,7 +2,7 @@
 
 import argparse
 
-from mobilellm_jax.training import process_flags
+from mobilellm_jax.machine import process_flags
 
 _EPILOG = """\
 Any key of the config can be set on top of the file's values as --config.KEY=VALUE. All keys, with
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Runs the verb; `args.overrides` are the `--config.KEY=VALUE` arguments."""
-    from mobilellm_jax.training.processes import joined
+    from mobilellm_jax.machine.processes import joined
     from mobilellm_jax.training.run_config import load_config
     from mobilellm_jax.training.trainer import train
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.training import process_flags
+from mobilellm_jax.machine import process_flags
 
 _EPILOG = """\
 Takes the flags of `mobilellm train` and, with several processes, is started like it. Nothing is
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     """Runs the verb; `args.overrides` are the `--config.KEY=VALUE` arguments."""
     import jax
 
-    from mobilellm_jax.training.processes import joined
+    from mobilellm_jax.machine.processes import joined
     from mobilellm_jax.training.run_config import load_config
 
     with joined(args) as peers:
@@ -79,8 +79,11 @@ class Examination:
     """The checks of one run, in the order in which the run would meet them."""
 
     def __init__(self, config, workdir: Path, peers):
+        from mobilellm_jax.training.run_config import model_config
+
         self.config, self.workdir, self.peers = config, workdir, peers
-        self.inputs = self.program = None
+        self.model = model_config(config)
+        self.run_data = self.program = None
 
     def findings(self) -> Iterator[tuple[str, Finding]]:
         """(name of the check, what it found); a check that needs a failed one is left out."""
@@ -132,33 +135,31 @@ class Examination:
 
     def data(self) -> Finding:
         """Dataset and tokenizer against the model, and against what other processes have."""
-        from mobilellm_jax.training.inputs import Inputs
+        from mobilellm_jax.training.run_data import RunData
 
-        self.inputs = Inputs(self.config)
-        self.peers.agree(self.inputs.facts())
-        tokens = sum(header.splits["train"].num_tokens for header in self.inputs.headers)
+        self.run_data = RunData(self.config, self.model)
+        self.peers.agree(self.run_data.facts())
+        tokens, header = self.run_data.num_train_tokens, self.run_data.first.header
         wanted = self.config.train.num_steps * self.config.train.global_batch_size
-        epochs = wanted * self.inputs.seq_len / tokens
+        epochs = wanted * self.run_data.seq_len / tokens
         text = (
-            f"{tokens:,} tokens in sequences of {self.inputs.seq_len}, vocabulary "
-            f"{self.inputs.headers[0].vocab_size:,}; the run takes {epochs:.2f} epochs"
+            f"{tokens:,} tokens in sequences of {self.run_data.seq_len}, vocabulary "
+            f"{header.vocab_size:,}; the run takes {epochs:.2f} epochs"
         )
         if epochs > 4:
             return Finding("warn", f"{text}: beyond 4 repeated text teaches little")
-        if "valid" not in self.inputs.headers[0].splits:
+        if "valid" not in header.splits:
             return Finding("warn", f"{text}; no valid split: there will be no eval loss")
         return Finding("ok", text)
 
     def mesh(self) -> Finding:
         """Whether the mesh divides devices and model."""
-        from mobilellm_jax.training import run_config
         from mobilellm_jax.training.program import TrainProgram
         from mobilellm_jax.training.sharding import make_mesh
 
-        model = run_config.model_config(self.config)
-        mesh = make_mesh(self.config.mesh, model)
-        length = self.inputs.seq_len if self.inputs else model.max_seq_len
-        self.program = TrainProgram(self.config, mesh, length)
+        mesh = make_mesh(self.config.mesh, self.model)
+        length = self.run_data.seq_len if self.run_data else self.model.max_seq_len
+        self.program = TrainProgram(self.config, self.model, mesh, length)
         axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         return Finding("ok", f"{axes}; weights gathered by {self.config.mesh.gather}")
 
@@ -183,15 +184,13 @@ class Examination:
 
     def checkpoints(self) -> Finding:
         """Whether the workdir is new, or one to go on from."""
-        from mobilellm_jax.training.checkpoint_files import (
+        from mobilellm_jax.checkpoints.files import (
             CHECKPOINTS_NAME,
             check_model,
             list_steps,
             raise_if_damaged,
             read_metadata,
-            read_tokenizer,
         )
-        from mobilellm_jax.training.run_config import model_config
 
         folder = self.workdir / CHECKPOINTS_NAME
         steps = list_steps(folder) if folder.is_dir() else []
@@ -200,9 +199,9 @@ class Examination:
         newest = folder / str(max(steps))
         raise_if_damaged(newest, max(steps))
         metadata = read_metadata(newest)
-        check_model(newest, metadata, model_config(self.config))
-        if self.inputs:
-            self.inputs.check_continues(folder, metadata, read_tokenizer(newest))
+        check_model(newest, metadata, self.model)
+        if self.run_data:
+            self.run_data.check_continues(folder, metadata)
         return Finding("ok", f"{self.workdir}: goes on from step {max(steps):,}, which is whole")
 
     def disk(self) -> Finding:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, SupportsFloat
 import numpy as np
 from absl import logging
 
+from mobilellm_jax.storage.atomic import write_file
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -203,12 +205,7 @@ def _drop_after(path: Path, step: int) -> None:
         return
     lines = path.read_bytes().split(b"\n") if step > 0 else []
     kept = [x for x in lines if (record := _parse(x)) is not None and record["step"] <= step]
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.writelines(line + b"\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    write_file(path, b"".join(line + b"\n" for line in kept))
 
 
 def _open_tensorboard(folder: Path, resume_step: int):

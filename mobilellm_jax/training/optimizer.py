@@ -50,12 +50,17 @@ def learning_rate_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule
     raise UserError(f"config.optimizer.schedule = {config.schedule!r}: use 'cosine' or 'wsd'")
 
 
-def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW without decay on the norms' scales."""
+def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW without decay on the norms' scales.
+
+    Args:
+      config: `config.optimizer` of a run.
+      schedule: of the learning rate.
+    """
     return optax.chain(
         _clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            learning_rate_schedule(config, num_steps),
+            schedule,
             b1=config.beta1,
             b2=config.beta2,
             eps=config.epsilon,

@@ -1,4 +1,4 @@
-"""What a run computes, where its arrays lie, and how it is compiled: for `train` and for `plan`."""
+"""The jitted functions of a run and the shardings of their arrays, for `train` and for `plan`."""
 
 import jax
 import jax.numpy as jnp
@@ -6,20 +6,21 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mobilellm_jax.model.attention_kernels import choose_attention
-from mobilellm_jax.model.transformer import Execution, init_params
-from mobilellm_jax.training import run_config
-from mobilellm_jax.training.checks import check_batch
-from mobilellm_jax.training.hardware import compute_dtype
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.execution import Execution, execution_for
+from mobilellm_jax.model.transformer import init_params
+from mobilellm_jax.objectives.next_token import make_eval_step
 from mobilellm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from mobilellm_jax.training.sharding import (
     batch_sharding,
+    batch_shards,
     on_mesh,
     opt_state_shardings,
     params_shardings,
     replicated,
 )
-from mobilellm_jax.training.step import TrainState, all_finite, make_eval_step, make_train_step
+from mobilellm_jax.training.step import TrainState, all_finite, make_train_step
 
 _BATCH_DTYPES = {
     "inputs": jnp.int32,
@@ -34,7 +35,7 @@ class TrainProgram:
 
     Attributes:
       model: the architecture.
-      execution: with what "auto" means on the devices of the mesh.
+      execution: with "auto" resolved for the devices of the mesh.
       mesh: where everything lies.
       optimizer: with its schedule.
       state_shardings: a `TrainState` of shardings.
@@ -43,6 +44,7 @@ class TrainProgram:
 
     Args:
       config: a run config.
+      model: its architecture.
       mesh: of `sharding.make_mesh`.
       sequence_length: T.
 
@@ -50,12 +52,13 @@ class TrainProgram:
       UserError: a batch that the mesh does not split, a kernel that does not run on its devices.
     """
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, sequence_length: int):
+    def __init__(self, config: ConfigDict, model: ModelConfig, mesh: Mesh, sequence_length: int):
         check_batch(config.train, mesh)
         self.mesh = mesh
-        self.model = run_config.model_config(config)
-        self.execution = resolved_execution(config, mesh, sequence_length)
-        self.optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+        self.model = model
+        self.execution = resolved_execution(config, model, mesh, sequence_length)
+        schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
+        self.optimizer = make_optimizer(config.optimizer, schedule)
         self._seed = config.seed
         self._batch_shape = (config.train.global_batch_size, sequence_length)
         self.state_shardings = TrainState(
@@ -68,10 +71,11 @@ class TrainProgram:
             self.model,
             self.execution,
             self.optimizer,
-            learning_rate_schedule(config.optimizer, config.train.num_steps),
+            schedule,
             accumulation_steps=config.train.accumulation_steps,
             mask_documents=config.data.mask_documents,
             gather=config.mesh.gather,
+            shards=batch_shards(mesh),
         )
         self.train_step = jax.jit(
             train_step,
@@ -80,7 +84,10 @@ class TrainProgram:
             donate_argnums=0,
         )
         eval_step = make_eval_step(
-            self.model, self.execution, mask_documents=config.data.mask_documents
+            self.model,
+            self.execution,
+            mask_documents=config.data.mask_documents,
+            shards=batch_shards(mesh),
         )
         self.eval_step = jax.jit(
             eval_step, in_shardings=(self.state_shardings.params, self.batch_sharding)
@@ -122,7 +129,7 @@ class TrainProgram:
         places = self.batch_sharding.addressable_devices_indices_map((num_rows, 1))
         return np.unique(np.concatenate([np.arange(num_rows)[rows] for rows, _ in places.values()]))
 
-    def on_devices(self, batch: dict[str, np.ndarray], num_rows: int) -> dict[str, jax.Array]:
+    def device_batch(self, batch: dict[str, np.ndarray], num_rows: int) -> dict[str, jax.Array]:
         """This process's rows of a batch of `num_rows` as its part of the global arrays."""
         local = self.local_rows(num_rows)
 
@@ -138,15 +145,21 @@ class TrainProgram:
         return {name: place(rows) for name, rows in batch.items()}
 
 
-def resolved_execution(config: ConfigDict, mesh: Mesh, sequence_length: int) -> Execution:
-    """`config.execution` with what "auto" means on the devices of the mesh."""
-    settings, device = config.execution.to_dict(), mesh.devices.flat[0]
-    dtype = compute_dtype(settings["dtype"], device.platform)
-    attention = choose_attention(
-        settings["attention"],
-        device,
-        dtype=dtype,
-        head_dim=config.model.head_dim,
-        num_tokens=sequence_length,
-    )
-    return Execution(**settings | {"dtype": dtype, "attention": attention})
+def resolved_execution(
+    config: ConfigDict, model: ModelConfig, mesh: Mesh, sequence_length: int
+) -> Execution:
+    """`config.execution` with "auto" resolved for the devices of the mesh."""
+    device = mesh.devices.flat[0]
+    return execution_for(device, model, sequence_length, **config.execution.to_dict())
+
+
+def check_batch(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError if the batch does not split over the mesh and the accumulation steps."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulation_steps
+    if config.global_batch_size % parts:
+        nearest = max(1, round(config.global_batch_size / parts)) * parts
+        raise UserError(
+            f"config.train.global_batch_size = {config.global_batch_size} does not split into "
+            f"{mesh.shape['data']} (data) x {mesh.shape['fsdp']} (fsdp) x "
+            f"{config.accumulation_steps} (accumulation) parts: use {nearest}"
+        )

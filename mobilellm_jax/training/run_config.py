@@ -7,11 +7,12 @@ A config file is a Python file with a function `get_config()` that changes what 
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_collections
 from absl import flags
+from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
 from mobilellm_jax.errors import UserError
@@ -152,7 +153,7 @@ def on_platform(
 
 def _check_keys(path: str, config: ml_collections.ConfigDict) -> None:
     """A file may unlock the config; it still may not add or lose keys."""
-    known, found = (set(_flat_keys(c.to_dict())) for c in (default_config(), config))
+    known, found = (flatten_dict(c.to_dict(), sep=".").keys() for c in (default_config(), config))
     for key in sorted(found - known):
         near = difflib.get_close_matches(key, known, n=1)
         raise UserError(
@@ -160,14 +161,6 @@ def _check_keys(path: str, config: ml_collections.ConfigDict) -> None:
         )
     for key in sorted(known - found):
         raise UserError(f"{path}: config.{key} is missing; start from default_config()")
-
-
-def _flat_keys(values: dict, prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat_keys(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
 
 
 def model_config(config: ml_collections.ConfigDict) -> ModelConfig:

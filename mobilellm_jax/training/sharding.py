@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import abstract_params, logical_axes
+from mobilellm_jax.objectives.embedding_gradient import BatchShards
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -143,6 +144,11 @@ def on_mesh(mesh: Mesh):
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of `[B, T]` arrays: rows split over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def batch_shards(mesh: Mesh) -> BatchShards:
+    """How the rows of a batch are split; devices along `fsdp` together store one copy."""
+    return BatchShards(mesh.shape["data"] * mesh.shape["fsdp"], in_group=mesh.shape["fsdp"])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

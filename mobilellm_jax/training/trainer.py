@@ -11,27 +11,22 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mobilellm_jax.data.loader import eval_batches, train_batches
+from mobilellm_jax.checkpoints.store import Checkpoints
+from mobilellm_jax.data.loader import RecordSource, eval_batches, train_batches
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation.perplexity import split_perplexity
-from mobilellm_jax.files import lock_folder, write_file
-from mobilellm_jax.model.config import count_params, train_flops_per_token
+from mobilellm_jax.machine.coordination import RunCoordination
+from mobilellm_jax.machine.hardware import peak_flops
+from mobilellm_jax.machine.signals import StopRequest, stop_signals
+from mobilellm_jax.model.costs import count_params, train_flops_per_token
+from mobilellm_jax.storage.atomic import lock_folder, write_file
 from mobilellm_jax.training import run_config
-from mobilellm_jax.training.checkpoints import Checkpoints
-from mobilellm_jax.training.hardware import peak_flops
-from mobilellm_jax.training.inputs import Inputs
+from mobilellm_jax.training.failures import Diverged, finite_metrics, memory_errors
 from mobilellm_jax.training.metrics import MetricsLog
-from mobilellm_jax.training.peers import Peers
 from mobilellm_jax.training.program import TrainProgram
+from mobilellm_jax.training.run_data import RunData
 from mobilellm_jax.training.sharding import make_mesh, on_mesh
 from mobilellm_jax.training.step import TrainState
-from mobilellm_jax.training.stopping import (
-    Diverged,
-    StopRequest,
-    finite_metrics,
-    memory_errors,
-    stop_signals,
-)
 
 # Steps that may be dispatched before their results are waited for: enough to hide Python, few
 # enough that a signal is answered soon and batches do not pile up on the device.
@@ -47,7 +42,7 @@ _STEP_MEND = (
 )
 
 
-def train(config: ConfigDict, workdir: str | Path, peers: Peers | None = None) -> None:
+def train(config: ConfigDict, workdir: str | Path, peers: RunCoordination | None = None) -> None:
     """Trains until `config.train.num_steps`, from the newest checkpoint in `workdir` if any.
 
     Running it again after any interruption goes on bitwise as if there had been none. SIGTERM and
@@ -63,7 +58,7 @@ def train(config: ConfigDict, workdir: str | Path, peers: Peers | None = None) -
       Diverged: NaN or Inf; nothing of it is saved.
     """
     workdir = Path(workdir)
-    peers = peers or Peers()
+    peers = peers or RunCoordination()
     run = _Run(config, workdir, peers)
     settings = config.checkpoint
     with (
@@ -113,16 +108,17 @@ def _held(workdir: Path) -> Iterator[None]:
 class _Run:
     """What stays the same from the first step of a run to its last."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, peers: Peers):
+    def __init__(self, config: ConfigDict, workdir: Path, peers: RunCoordination):
         self.config = config
         self.peers = peers
         self.model = run_config.model_config(config)
-        self.inputs = Inputs(config)
-        peers.agree({"workdir": str(workdir.absolute()), **self.inputs.facts()})
-        self.program = TrainProgram(config, make_mesh(config.mesh, self.model), self.inputs.seq_len)
+        self.data = RunData(config, self.model)
+        peers.agree({"workdir": str(workdir.absolute()), **self.data.facts()})
+        mesh = make_mesh(config.mesh, self.model)
+        self.program = TrainProgram(config, self.model, mesh, self.data.seq_len)
 
-        self.tokens_per_step = config.train.global_batch_size * self.inputs.seq_len
-        self.flops_per_token = train_flops_per_token(self.model, self.inputs.seq_len).causal
+        self.tokens_per_step = config.train.global_batch_size * self.data.seq_len
+        self.flops_per_token = train_flops_per_token(self.model, self.data.seq_len).causal
         self.peak = peak_flops(jax.local_devices()[0], self.program.execution.dtype)
 
     def restore_or_init(self, checkpoints: Checkpoints) -> tuple[int, TrainState]:
@@ -133,9 +129,7 @@ class _Run:
         )
         if restored is None:
             return 0, self.program.init_state()
-        self.inputs.check_continues(
-            checkpoints.directory, restored.metadata, restored.tokenizer_model
-        )
+        self.data.check_continues(checkpoints.directory, restored.metadata)
         opt_state = restored.opt_state
         if opt_state is None:
             opt_state = self.program.init_opt_state(restored.params)
@@ -148,15 +142,14 @@ class _Run:
         return {
             "model": self.model.to_dict(),
             "position": step * self.config.train.global_batch_size,
-            "bos": self.inputs.headers[0].bos,
+            "bos": self.data.first.header.bos,
             "mask_documents": self.config.data.mask_documents,
-            "sample_order": self.inputs.sample_order(),
+            "sample_order": self.data.sample_order(),
             "run": json.loads(self.config.to_json_best_effort()),
         }
 
     def metrics_log(self, workdir: Path, start_step: int) -> MetricsLog:
         """The log of this run, what was logged after `start_step` dropped."""
-        num_records = sum(header.splits["train"].num_records for header in self.inputs.headers)
         return MetricsLog(
             workdir,
             resume_step=start_step,
@@ -164,7 +157,7 @@ class _Run:
             tokens_per_step=self.tokens_per_step,
             flops_per_token=self.flops_per_token,
             peak_flops_total=self.peak.value * self.program.mesh.size,
-            tokens_per_epoch=num_records * self.inputs.seq_len,
+            tokens_per_epoch=self.data.num_train_records * self.data.seq_len,
             enabled=jax.process_index() == 0,
         )
 
@@ -174,9 +167,8 @@ class _Run:
             return
         text = self.config.to_json_best_effort(indent=2)
         write_file(workdir / "config.json", (text + "\n").encode())
-        inputs = self.inputs
         total = self.config.train.num_steps * self.tokens_per_step
-        data = sum(header.splits["train"].num_tokens for header in inputs.headers)
+        data = self.data.num_train_tokens
         mesh = self.program.mesh
         axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         device = f"{mesh.size} x {mesh.devices.flat[0].device_kind} (mesh: {axes})"
@@ -184,8 +176,9 @@ class _Run:
         print(
             f"model    {count_params(self.model):,} parameters, {self.model.num_layers} stored "
             f"blocks run as {self.model.depth}, {self.flops_per_token / 1e9:.3f} GFLOP per token\n"
-            f"data     {data:,} tokens in {len(inputs.headers)} dataset(s), {inputs.seq_len} per "
-            f"sequence; the run takes {total:,} ({total / data:.2f} epochs)\n"
+            f"data     {data:,} tokens in {len(self.data.datasets)} dataset(s), "
+            f"{self.data.seq_len} per sequence; the run takes {total:,} "
+            f"({total / data:.2f} epochs)\n"
             f"batch    {self.tokens_per_step:,} tokens per step, "
             f"{self.config.train.num_steps:,} steps, from step {start_step:,}\n"
             f"devices  {device}, {self.program.execution.dtype}, peak "
@@ -196,13 +189,14 @@ class _Run:
 
     def describe_eval(self) -> str:
         """What the loop evaluates on, in words."""
-        folder, settings = self.inputs.datasets[0][0], self.config.eval
-        if "valid" not in self.inputs.headers[0].splits:
-            return f"none: {folder} has no valid split"
+        dataset, settings = self.data.first, self.config.eval
+        if "valid" not in dataset.header.splits:
+            return f"none: {dataset.directory} has no valid split"
         if not settings.every_steps:
             return "none: config.eval.every_steps = 0"
-        num_records = min(settings.num_records, self.inputs.headers[0].splits["valid"].num_records)
-        return f"every {settings.every_steps:,} steps on {num_records:,} records of {folder}"
+        num_records = min(settings.num_records, dataset.header.splits["valid"].num_records)
+        every = f"every {settings.every_steps:,} steps"
+        return f"{every} on {num_records:,} records of {dataset.directory}"
 
     def loop(
         self,
@@ -264,24 +258,24 @@ class _Run:
             params=state.params,
             opt_state=state.opt_state,
             metadata=self.metadata(step),
-            tokenizer_model=self.inputs.tokenizer_model,
+            tokenizer=self.data.tokenizer,
         )
 
     def training_batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
         """The global batches from `start_step` to the end of the run."""
         size = self.config.train.global_batch_size
         batches = train_batches(
-            self.inputs.datasets,
+            self.data.datasets,
             seed=self.config.seed,
             global_batch_size=size,
-            sequence_length=self.inputs.seq_len,
+            sequence_length=self.data.seq_len,
             start_step=start_step,
             num_steps=self.config.train.num_steps,
             rows=self.program.local_rows(size),
         )
         with contextlib.closing(batches):
             for batch in batches:
-                yield self.program.on_devices(batch, size)
+                yield self.program.device_batch(batch, size)
 
     def compile(self) -> Callable:
         """The compiled training step; says how long it took."""
@@ -295,12 +289,12 @@ class _Run:
 
     def evaluate(self, step: int, state: TrainState, log: MetricsLog) -> None:
         """Logs the loss on the first records of the (first dataset's) validation split."""
-        if "valid" not in self.inputs.headers[0].splits:
+        if "valid" not in self.data.first.header.splits:
             return
+        source = RecordSource(self.data.first, "valid")
         size = self.config.train.global_batch_size // self.config.train.accumulation_steps
         batches = eval_batches(
-            self.inputs.datasets[0][0],
-            "valid",
+            source,
             batch_size=size,
             max_records=self.config.eval.num_records,
             rows=self.program.local_rows(size),
@@ -308,8 +302,7 @@ class _Run:
         result = split_perplexity(
             self.program.eval_step,
             state.params,
-            (self.program.on_devices(batch, size) for batch in batches),
-            self.inputs.headers[0],
-            "valid",
+            (self.program.device_batch(batch, size) for batch in batches),
+            source,
         )
         log.log_eval(step, result.metrics())

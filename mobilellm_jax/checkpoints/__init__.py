@@ -1,0 +1,1 @@
+"""Checkpoints of training, and one way to read a model from wherever it is."""

@@ -1,1 +1,0 @@
-"""Models in and out: other frameworks, files for phones, and the proof that they are the same."""

@@ -1,1 +1,0 @@
-"""PyTorch: the model as a plain module, and its weights."""

@@ -1,0 +1,1 @@
+"""Training objectives: from a batch and parameters to a loss and its gradient."""

@@ -1,0 +1,111 @@
+"""Files and folders that are written whole or not at all, by one process at a time."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from mobilellm_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, *, writer: str, replace: bool = False) -> Iterator[Path]:
+    """Yields TARGET.partial; renamed to TARGET on success, deleted on error.
+
+    All of it is forced to disk before the renaming. A leftover of a killed process is removed.
+
+    Args:
+      target: the folder to make.
+      writer: what writes there, for the message of a second one that has to wait.
+      replace: whether a TARGET that is there, with what is in it, gives way.
+
+    Raises:
+      UserError: another process is writing the same folder.
+      OSError: no permission, a full disk, or a TARGET that is there and may not be replaced.
+    """
+    partial = target.with_name(target.name + ".partial")
+    if partial.exists():
+        leftover = _lock_partial(partial, writer)
+        print(f"removing {partial}, left over from an interrupted run", file=sys.stderr)
+        shutil.rmtree(partial)  # still locked: another process may find it, too
+        os.close(leftover)
+    partial.mkdir(parents=True)
+    lock = _lock_partial(partial, writer)
+    try:
+        yield partial
+        for entry in (*partial.rglob("*"), partial):
+            sync_path(entry)
+        _rename(partial, target, replace)
+        sync_path(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _rename(partial: Path, target: Path, replace: bool) -> None:
+    if not (replace and target.exists()):
+        os.rename(partial, target)  # over an empty folder, if at all
+        return
+    old = target.with_name(target.name + ".old")
+    os.rename(target, old)
+    try:
+        os.rename(partial, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _lock_partial(partial: Path, writer: str) -> int:
+    message = f"{partial}: another {writer} is writing there; wait for it"
+    lock = lock_folder(partial, message)
+    # Between opening and locking, the folder may have been removed or renamed, and made anew.
+    if not partial.exists() or not os.path.samestat(os.fstat(lock), partial.stat()):
+        os.close(lock)
+        raise UserError(message)
+    return lock
+
+
+def lock_folder(folder: Path, message: str) -> int:
+    """Holds the folder against other processes until the descriptor is closed or we end.
+
+    Raises:
+      UserError: with `message`, if another process holds it; its file system knows no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise UserError(message) from error
+        raise UserError(
+            f"{folder}: cannot be locked ({error.strerror}), and two runs in it would destroy each "
+            "other's files; mount its file system with locks (Lustre: -o flock), or use another"
+        ) from error
+    return descriptor
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes `path` so that it holds either what it held before or all of `content`."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_path(path.parent)
+
+
+def sync_path(path: Path) -> None:
+    """Forces a file, or a folder's list of names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

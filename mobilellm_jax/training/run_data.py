@@ -1,0 +1,160 @@
+"""The datasets that a run is trained on: read, checked against the model and each other."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mobilellm_jax.data.dataset import Dataset
+from mobilellm_jax.data.loader import RecordSource, check_mixture
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.config import ModelConfig
+
+
+class RunData:
+    """The datasets that `config.data.path` names.
+
+    Attributes:
+      datasets: (dataset, weight) of each.
+      seq_len: T, the same in all.
+      tokenizer: the one that all were made with.
+
+    Args:
+      config: a run config.
+      model: its architecture.
+
+    Raises:
+      UserError: datasets that are incomplete or do not go with the model or each other.
+    """
+
+    def __init__(self, config: ConfigDict, model: ModelConfig):
+        self._config = config
+        self.datasets = [
+            (Dataset.open(folder), weight) for folder, weight in parse_mixture(config.data.path)
+        ]
+        for dataset, _ in self.datasets:
+            check_dataset(dataset, model)
+        first, _ = self.datasets[0]
+        self.seq_len, self.tokenizer = first.header.sequence_length, first.tokenizer
+        check_mixture(
+            [RecordSource(dataset, "train") for dataset, _ in self.datasets],
+            [weight for _, weight in self.datasets],
+            self.seq_len,
+        )
+
+    @property
+    def first(self) -> Dataset:
+        """The dataset that decides on BOS, and whose valid split is evaluated on."""
+        return self.datasets[0][0]
+
+    @property
+    def num_train_tokens(self) -> int:
+        """Targets of the train splits together."""
+        return sum(dataset.header.splits["train"].num_tokens for dataset, _ in self.datasets)
+
+    @property
+    def num_train_records(self) -> int:
+        """Records of the train splits together."""
+        return sum(dataset.header.splits["train"].num_records for dataset, _ in self.datasets)
+
+    def sample_order(self) -> dict:
+        """All that decides which record stands at which position."""
+        shards = [
+            [shard.sha256 for shard in dataset.header.splits["train"].shards]
+            for dataset, _ in self.datasets
+        ]
+        return {
+            "data": _digest(shards),
+            "weights": [weight for _, weight in self.datasets],
+            "seed": self._config.seed,
+            "global_batch_size": self._config.train.global_batch_size,
+        }
+
+    def check_continues(self, directory: Path, metadata: Mapping[str, Any]) -> None:
+        """Refuses checkpoints whose order of samples this run would not go on with.
+
+        Args:
+          directory: of the checkpoints, for the message.
+          metadata: that of the step to go on from.
+
+        Raises:
+          UserError: naming what differs.
+        """
+        if metadata.get("tokenizer_sha256") not in (None, self.tokenizer.sha256):
+            raise UserError(
+                f"{directory} was trained with another tokenizer than that of "
+                f"{self.first.directory}: prepare the data with its tokenizer.model, or use "
+                "another workdir"
+            )
+        saved, now = metadata.get("sample_order"), self.sample_order()
+        if saved is not None and saved != now:
+            different = [
+                f"{key} was {saved.get(key)}, is {now[key]}"
+                for key in now
+                if saved.get(key) != now[key]
+            ]
+            raise UserError(
+                f"{directory}: the order of samples would change: {'; '.join(different)}. Restore "
+                "these settings, or use another workdir"
+            )
+
+    def facts(self) -> dict:
+        """What decides the run, to be compared between its processes."""
+        return {
+            "config": json.loads(self._config.to_json_best_effort()),
+            "dataset": {
+                dataset.directory: {
+                    "tokenizer": dataset.header.tokenizer_sha256,
+                    "splits": {
+                        name: _digest([shard.sha256 for shard in split.shards])
+                        for name, split in dataset.header.splits.items()
+                    },
+                }
+                for dataset, _ in self.datasets
+            },
+        }
+
+
+def _digest(value: list) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def parse_mixture(path: str) -> list[tuple[str, float]]:
+    """ "DIR" or "DIR=0.7,DIR=0.3" as (folder, weight) pairs."""
+    if not path:
+        raise UserError("config.data.path is empty: name a folder made by `mobilellm prepare`")
+    pairs = []
+    for part in path.split(","):
+        folder, _, weight = part.partition("=")
+        try:
+            pairs.append((folder, float(weight or 1)))
+        except ValueError as error:
+            raise UserError(
+                f"config.data.path: {part!r} has no number behind '='; write DIR=0.7,DIR=0.3"
+            ) from error
+    return pairs
+
+
+def check_dataset(dataset: Dataset, model: ModelConfig) -> None:
+    """Raises UserError if `model` cannot be trained on the dataset."""
+    folder, header = dataset.directory, dataset.header
+    if "train" not in header.splits:
+        raise UserError(
+            f"{folder}: has no train split, only {', '.join(header.splits)}; prepare it with "
+            "--input FILES for training"
+        )
+    if header.vocab_size != model.vocab_size:
+        raise UserError(
+            f"{folder}: its tokenizer has {header.vocab_size} pieces, but config.model.vocab_size "
+            f"= {model.vocab_size}; set --config.model.vocab_size={header.vocab_size}, or prepare "
+            "the data with the model's tokenizer"
+        )
+    if header.sequence_length > model.max_seq_len:
+        raise UserError(
+            f"{folder}: sequences of {header.sequence_length} tokens, but config.model.max_seq_len "
+            f"= {model.max_seq_len}; set --config.model.max_seq_len={header.sequence_length}, or "
+            f"prepare the data with --sequence_length {model.max_seq_len}"
+        )
