@@ -3,9 +3,8 @@
 JAX ends all processes when one of them is dead or frozen, but only `HEARTBEAT_SECONDS` later and
 without a reason; and a process that is alive but stuck, or that ended by an error, leaves the
 others in a collective for ever. So each process says why it ends, and watches the others and its
-own steps, by the key-value store and the barriers of JAX's coordination service. That client is
-`jax._src.distributed.global_state.client` (Orbax uses it too): unlike the public
-`multihost_utils`, it works before devices are known to match, and from another thread.
+own steps, by the key-value store and the barriers of JAX's coordination service
+(`jax_private.store`): they work before devices are known to match, and from another thread.
 """
 
 import contextlib
@@ -23,10 +22,11 @@ from typing import Any, NoReturn
 
 import jax
 from flax.traverse_util import flatten_dict
-from jax._src import distributed
 
 import mobilellm_jax
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.machine import jax_private
+from mobilellm_jax.machine.arrival import named_processes
 
 LOST_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 _MISTAKE_STATUS = 2  # of the command line: another start would meet it again
@@ -49,12 +49,15 @@ class RunCoordination:
 
     Args:
       stall_seconds: a step may take this long, or `_SLOWER` times the slowest so far.
+      num_processes: of the run.
+      process: the number of this one.
     """
 
-    def __init__(self, stall_seconds: float = float("inf")):
-        self.num_processes = distributed.global_state.num_processes
-        self.process = distributed.global_state.process_id
-        self._client = distributed.global_state.client if self.num_processes > 1 else None
+    def __init__(
+        self, stall_seconds: float = float("inf"), *, num_processes: int = 1, process: int = 0
+    ):
+        self.num_processes, self.process = num_processes, process
+        self._client = jax_private.store() if num_processes > 1 else None
         self._stall_seconds = stall_seconds
         self._busy: str | None = "starting"
         self._step, self._since, self._slowest = 0, time.monotonic(), 0.0
@@ -285,10 +288,7 @@ def missing_at_barrier(text: str) -> str | None:
         return None
     count = int(numbers[2]) - int(numbers[1])
     named = sorted(int(re.search(r"\d+$", name)[0]) for name in names[1].split())
-    listed = " and ".join(map(str, named))
-    if count == len(named):
-        return f"process {listed}" if count == 1 else f"processes {listed}"
-    return f"{count} processes ({listed} among them)"
+    return named_processes(count, named)
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[tuple[str, str, str]]:

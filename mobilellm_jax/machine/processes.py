@@ -11,35 +11,39 @@ so that the same command is to be run again; 134 the same, noticed by JAX itself
 
 import argparse
 import atexit
-import contextlib
-import ctypes
-import functools
 import importlib.util
 import os
 import re
 import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from unittest import mock
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import jax
-from jax._src import distributed, xla_bridge
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.machine.arrival import call_roll
 from mobilellm_jax.machine.compilation_cache import use_compilation_cache
-from mobilellm_jax.machine.coordination import RunCoordination, missing_at_barrier
+from mobilellm_jax.machine.coordination import RunCoordination
+from mobilellm_jax.machine.jax_private import detected_processes
 from mobilellm_jax.machine.process_flags import check_flags
 
 HEARTBEAT_SECONDS = 20  # without one a process counts as dead, and JAX ends the others
-# How much longer a process waits for the coordinator's answer than the coordinator for the others.
-_ANSWER_SECONDS = 15
-
-_MEND = "start all of them with the same --coordinator and --num_processes"
+_CONNECT_SECONDS = 60  # all are there
 
 
-@contextlib.contextmanager
+class _Members(NamedTuple):
+    """The processes of a run, as `jax.distributed.initialize` wants to know them."""
+
+    coordinator_address: str
+    num_processes: int
+    process_id: int
+    local_device_ids: list[int] | None = None
+
+
+@contextmanager
 def joined(args: argparse.Namespace) -> Iterator[RunCoordination]:
     """Runs its body as one of the run's processes; enter it before anything touches a device.
 
@@ -50,37 +54,47 @@ def joined(args: argparse.Namespace) -> Iterator[RunCoordination]:
       args: with the flags of `process_flags.add_arguments`.
 
     Raises:
-      UserError: flags that do not go together, a cluster that JAX finds but cannot read.
+      UserError: flags that do not go together, a cluster that JAX finds but cannot read, processes
+        that do not come.
     """
     check_flags(args)
     # Whoever calls this from a program that has used JAX before stays as it is.
-    if not (jax.distributed.is_initialized() or xla_bridge.backends_are_initialized()):
+    if jax.distributed.is_initialized() or _has_devices():
+        process, num_processes = jax.process_index(), jax.process_count()
+    else:
         previous = signal.getsignal(signal.SIGTERM)
-        _initialize(args)
+        process, num_processes = _initialize(args)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, previous)  # JAX's own only takes note of it
     use_compilation_cache()
-    with RunCoordination(args.stall_seconds) as peers:
+    with RunCoordination(args.stall_seconds, num_processes=num_processes, process=process) as peers:
         yield peers
 
 
-def _initialize(args: argparse.Namespace) -> None:
+def _has_devices() -> bool:
+    """Whether JAX has started a backend: a RuntimeError says so before it looks at the numbers."""
+    try:
+        jax.distributed.initialize("nowhere:0", num_processes=0, process_id=0, local_device_ids=[])
+    except RuntimeError:
+        return True
+    except ValueError:
+        return False
+    raise AssertionError("JAX has taken 0 processes")
+
+
+def _initialize(args: argparse.Namespace) -> tuple[int, int]:
+    """Initialises JAX; returns the number of this process and how many there are."""
     if args.coordinator is not None:
-        local = re.match(r"(localhost|127\.|\[::1\])", args.coordinator)
-        _connect(
-            args.arrival_seconds,
-            coordinator_address=args.coordinator,
-            num_processes=args.num_processes,
-            process_id=args.process_id,
-            cluster_detection_method="deactivate",
-            coordinator_bind_address=args.coordinator if local else None,
-        )
-    elif args.num_processes == 1 or not _found_a_cluster(args.arrival_seconds):
+        members = _Members(args.coordinator, args.num_processes, args.process_id)
+    elif args.num_processes == 1 or (members := _found_cluster(args.arrival_seconds)) is None:
         _connect_alone()
+        return 0, 1
+    _connect(members, args.arrival_seconds)
+    return members.process_id, members.num_processes
 
 
-def _found_a_cluster(arrival_seconds: int) -> bool:
-    """Initialises from what JAX finds out by itself; False if there is nothing."""
+def _found_cluster(arrival_seconds: int) -> _Members | None:
+    """The processes that JAX finds by itself; None if there is nothing."""
     with_mpi = "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ
     method = None
     # JAX knows Open MPI up to version 4 by itself, and takes mpi4py only if told to.
@@ -91,27 +105,28 @@ def _found_a_cluster(arrival_seconds: int) -> bool:
                 "--coordinator, --num_processes and --process_id"
             )
         method = "mpi4py"
+    coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
     try:
-        _connect(arrival_seconds, cluster_detection_method=method)
-    except ValueError as error:
-        if "coordinator_address should be defined" not in str(error):
-            raise _unreadable(error) from error
+        members = _Members(*detected_processes(coordinator, method, arrival_seconds))
+    except (RuntimeError, LookupError, OSError, ValueError) as error:
+        raise _unreadable(f"{type(error).__name__}: {error}") from error
+    if members.coordinator_address is None:
         if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys():
             raise UserError(
                 "an indexed job of Kubernetes, whose processes JAX finds by the package "
                 "kubernetes: pip install 'jax[k8s]', or give --coordinator, --num_processes and "
                 "--process_id (--num_processes 1 for a job of one)"
-            ) from error
-        return False
-    except (RuntimeError, LookupError, OSError) as error:
-        raise _unreadable(error) from error
-    return True
+            )
+        return None
+    if None in (members.num_processes, members.process_id):
+        raise _unreadable(f"nothing but their coordinator, {members.coordinator_address}")
+    return members
 
 
-def _unreadable(error: Exception) -> UserError:
+def _unreadable(what: str) -> UserError:
     return UserError(
-        f"the processes of this run cannot be found ({type(error).__name__}: {error}); give "
-        "--coordinator, --num_processes and --process_id, or --num_processes 1 to run alone"
+        f"the processes of this run cannot be found ({what}); give --coordinator, --num_processes "
+        "and --process_id, or --num_processes 1 to run alone"
     )
 
 
@@ -132,75 +147,21 @@ def _connect_alone() -> None:
     atexit.register(folder.cleanup)
 
 
-def _connect(arrival_seconds: int, **where) -> None:
-    service = distributed._jax.get_distributed_runtime_service
-    patient = functools.partial(service, cluster_register_timeout=arrival_seconds)
-    with (
-        # JAX sets it to an hour, so that nobody learns who is missing.
-        mock.patch.object(distributed._jax, "get_distributed_runtime_service", patient),
-        _explained_abort(arrival_seconds),
-    ):
-        jax.distributed.initialize(
-            **where,
-            initialization_timeout=arrival_seconds + _ANSWER_SECONDS,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        )
-
-
-@contextlib.contextmanager
-def _explained_abort(arrival_seconds: int) -> Iterator[None]:
-    """Ends with status 2 and one line where JAX ends the process because a peer is missing.
-
-    JAX does that by abort() after a text on standard error, with a stack, that names who is missing
-    (jaxlib 0.10: the default `missed_heartbeat_callback`; one of our own is no way out, because
-    its argument cannot be converted to Python). So that text is kept in a file meanwhile.
-    """
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as kept, _redirected(2, kept.fileno()) as stderr:
-
-        @ctypes.CFUNCTYPE(None, ctypes.c_int)
-        def aborted(_):
-            kept.seek(0)
-            text = arrival_message(kept.read().decode(errors="replace"), arrival_seconds)
-            os.write(stderr, f"error: {text}\n".encode())
-            os._exit(2)
-
-        set_handler = ctypes.CDLL(None).signal
-        set_handler.argtypes, set_handler.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-        before = set_handler(signal.SIGABRT, ctypes.cast(aborted, ctypes.c_void_p))
-        try:
-            yield
-        finally:
-            set_handler(signal.SIGABRT, before)
-            sys.stderr.flush()
-            kept.seek(0)
-            os.write(stderr, kept.read())
-
-
-@contextlib.contextmanager
-def _redirected(descriptor: int, target: int) -> Iterator[int]:
-    """Lets `descriptor` stand for `target`; yields what it stood for."""
-    original = os.dup(descriptor)
-    os.dup2(target, descriptor)
-    try:
-        yield original
-    finally:
-        os.dup2(original, descriptor)
-        os.close(original)
-
-
-def arrival_message(text: str, arrival_seconds: int) -> str:
-    """Says who did not arrive, from what JAX printed."""
-    state = distributed.global_state
-    at = f"at {state.coordinator_address}"
-    if missing := missing_at_barrier(text):
-        return (
-            f"{missing} of {state.num_processes} did not arrive {at} within {arrival_seconds} s; "
-            f"see the output there, and {_MEND}"
-        )
-    if "Deadline Exceeded" in text or "UNAVAILABLE" in text:
-        return (
-            f"process 0, the coordinator, did not arrive {at} within {arrival_seconds} s; see its "
-            f"output, whether its host and port can be reached from here, and {_MEND}"
-        )
-    return f"the processes did not come together {at}: {text.strip()}"
+def _connect(members: _Members, arrival_seconds: int) -> None:
+    """Waits for the others, then connects to them."""
+    address = members.coordinator_address
+    bind_address = os.environ.get(
+        "JAX_COORDINATOR_BIND_ADDRESS", f"[::]:{address.rpartition(':')[2]}"
+    )
+    if re.match(r"(localhost|127\.|\[::1\])", address):
+        bind_address = address
+    call_roll(address, bind_address, members.num_processes, members.process_id, arrival_seconds)
+    if "JAX_LOCAL_DEVICE_IDS" in os.environ:
+        members = members._replace(local_device_ids=None)  # JAX reads that variable
+    jax.distributed.initialize(
+        **members._asdict(),
+        cluster_detection_method="deactivate",
+        coordinator_bind_address=bind_address,
+        initialization_timeout=_CONNECT_SECONDS,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )

@@ -8,8 +8,9 @@ import threading
 from collections.abc import Iterator
 
 import jax
-from jax._src import distributed
 from jax.experimental import multihost_utils
+
+from mobilellm_jax.machine import jax_private
 
 
 class StopRequest:
@@ -31,10 +32,9 @@ class StopRequest:
         agreed = multihost_utils.reached_preemption_sync_point(step)
         if self.requested and not self._told:
             self._told = True
-            # What JAX's own handler of SIGTERM does, at most a second later and for SIGTERM only.
             now = datetime.datetime.now(datetime.UTC).isoformat()
-            client = distributed.global_state.client
-            client.key_value_set("RECEIVED_PREEMPTION_NOTICE", now, allow_overwrite=True)
+            notice = jax_private.PREEMPTION_NOTICE
+            jax_private.store().key_value_set(notice, now, allow_overwrite=True)
         return agreed
 
 
