@@ -226,7 +226,7 @@ def test_the_table_of_rooms_has_no_circle():
 @pytest.mark.parametrize(
     ("file", "line", "said"),
     [
-        ("model/presets.py", "XXX loading", "imports mobilellm_jax.checkpoints.loading"),
+        ("model/presets.py", "from mobilellm_jax import loading", "imports mobilellm_jax.loading"),
         ("model/presets.py", "from mobilellm_jax import data", "imports mobilellm_jax.data"),
         ("evaluation/report.py", "from mobilellm_jax.training.trainer import train", "trainer"),
         ("evaluation/report.py", "from ..training import trainer", "mobilellm_jax.training"),
