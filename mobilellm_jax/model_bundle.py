@@ -7,6 +7,8 @@ from typing import Any
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.tokenizers.tokenizer import Tokenizer
 
+_KNOWN = ("bos", "chat_template", "stop_ids", "step", "mask_documents")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptFormat:
@@ -35,10 +37,12 @@ class Provenance:
     Attributes:
       step: updates done.
       mask_documents: whether attention was confined to one document.
+      other: further JSON values that came with the model and go along with it.
     """
 
     step: int | None = None
     mask_documents: bool | None = None
+    other: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,13 +85,21 @@ class ModelBundle:
         Goes into the metadata of checkpoints and exports; `read_record` is the inverse.
         """
         known = dataclasses.asdict(self.prompt) | dataclasses.asdict(self.provenance)
+        other = known.pop("other")
         if self.prompt.stop_ids is not None:
             known["stop_ids"] = list(self.prompt.stop_ids)
-        return {key: value for key, value in known.items() if value is not None}
+        return other | {key: value for key, value in known.items() if value is not None}
 
 
-def read_record(record: Mapping[str, Any]) -> tuple[PromptFormat, Provenance]:
-    """Prompt format and provenance from metadata of any origin; other keys are left alone."""
+def read_record(
+    record: Mapping[str, Any], *, keep_other: bool = False
+) -> tuple[PromptFormat, Provenance]:
+    """Prompt format and provenance from metadata of any origin.
+
+    Args:
+      record: JSON values.
+      keep_other: whether keys that mean nothing here become `Provenance.other`.
+    """
 
     def value(key: str, kind: type) -> Any:
         found = record.get(key)
@@ -100,5 +112,9 @@ def read_record(record: Mapping[str, Any]) -> tuple[PromptFormat, Provenance]:
             chat_template=value("chat_template", str),
             stop_ids=None if ids is None else tuple(i for i in ids if type(i) is int),
         ),
-        Provenance(step=value("step", int), mask_documents=value("mask_documents", bool)),
+        Provenance(
+            step=value("step", int),
+            mask_documents=value("mask_documents", bool),
+            other={k: v for k, v in record.items() if k not in _KNOWN} if keep_other else {},
+        ),
     )

@@ -288,7 +288,7 @@ def test_loading_takes_a_workdir_its_checkpoints_or_one_step(tmp_path, params, m
 def test_documents_begin_with_bos_unless_the_metadata_says_otherwise(tmp_path, params):
     for name, metadata, bos in (("a", None, True), ("b", {"bos": False}, False)):
         save_params(tmp_path / name, CONFIG, params, metadata=metadata)
-        assert load_checkpoint(tmp_path / name).bos is bos
+        assert load_checkpoint(tmp_path / name).prompt.begins_with_bos is bos
 
 
 def test_the_folder_of_a_step_that_has_lost_its_params_is_called_damaged(tmp_path, params):

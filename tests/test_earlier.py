@@ -1,8 +1,8 @@
 """Datasets, workdirs and exports that earlier commits wrote are still read, and mean the same.
 
-tests/earlier has artefacts of three commits, written by their own code (the first one, the first with
-compact Hugging Face folders, the last before the rooms were rebuilt), and in expected.json what they
-made of them: a model of two blocks that run twice, trained for three steps.
+tests/earlier has artefacts of three commits, written by their own code (the first one, the first
+with compact Hugging Face folders, the last before the rooms were rebuilt), and in expected.json
+their own results: a model of two blocks that run twice, trained for three steps.
 """
 
 import dataclasses

@@ -21,8 +21,7 @@ class PoolHere:
     """A pool whose work is done at once, in this process."""
 
     def __init__(self, num_workers, context, start, arguments):
-        model_bytes, bos, eos = arguments
-        self._encoder = encoding.Encoder(encoding.Tokenizer(model_bytes), bos, eos)
+        self._encoder = encoding.Encoder(*arguments)
 
     def submit(self, function, items):
         future = concurrent.futures.Future()
@@ -35,16 +34,17 @@ class PoolHere:
 
 def test_at_most_two_batches_for_each_worker_and_one_are_in_memory(tokenizer, monkeypatch):
     monkeypatch.setattr(encoding, "ProcessPoolExecutor", PoolHere)
+    monkeypatch.setattr(encoding, "BLOCK_BYTES", 1)  # each document is a batch
     taken, ahead, given = 0, [], []
 
-    def batches():
+    def documents():
         nonlocal taken
         for line, text in enumerate(DOCUMENTS, 1):
             taken += 1
-            yield [Document(text, None, None, "a.txt", line)]
+            yield Document(text, None, None, "a.txt", line)
 
     settings = {"bos": True, "eos": False, "num_workers": NUM_WORKERS}
-    for document, tokens, num_bytes in encoding.encode_in_order(batches(), tokenizer, **settings):
+    for document, tokens, num_bytes in encoding.encode_in_order(documents(), tokenizer, **settings):
         assert tokens.tolist() == tokenizer.encode(document.text, bos=True)
         assert num_bytes == len(document.text.encode())
         ahead.append(taken - len(given))

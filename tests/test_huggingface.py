@@ -316,7 +316,7 @@ def test_an_earlier_export_stays_if_the_new_one_cannot_take_its_place(tmp_path, 
     save_hf(folder, TINY, make_params(TINY, 0))
 
     def fail_for_the_new_one(source, target):
-        if Path(source).name == "new":
+        if Path(source).name.endswith(".partial"):
             raise OSError(5, "Input/output error")
         rename(source, target)
 

@@ -132,7 +132,7 @@ def test_every_truncation_of_the_manifest_is_noticed(folder):
 def test_names_that_lead_out_of_the_folder_are_refused_unopened(folder, name, monkeypatch):
     (folder.parent / "secret").write_bytes(b"secret")
     opened = []
-    monkeypatch.setattr(manifest, "_hash_file", lambda path, sync: opened.append(path))
+    monkeypatch.setattr(manifest, "sha256_file", lambda path, **_: opened.append(path))
     _rewrite(folder, lambda c: c["files"].update({name: {"sha256": "0" * 64, "size": 6}}))
     (damage,) = find_damage(folder, STEP)
     assert "file name" in damage

@@ -32,13 +32,15 @@ def test_a_chat_template_is_applied_by_transformers_and_comes_back(tmp_path, tok
     transformers = pytest.importorskip("transformers")
     config = tiny(vocab_size=600)
     options = {"tokenizer_model": tokenizer_model, "chat_template": TEMPLATE}
-    save_hf(tmp_path / "m", config, random_params(config), provenance={"step": 7}, **options)
+    known = {"step": 7, "by": "us"}
+    save_hf(tmp_path / "m", config, random_params(config), provenance=known, **options)
+    record = known | {"chat_template": TEMPLATE}
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     for file in ("chat_template.jinja", None):  # then from tokenizer_config.json alone
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         assert text == "[user] Hi\n[assistant] Ho\n"
-        assert read_hf(tmp_path / "m").to_record() == {"step": 7, "chat_template": TEMPLATE}
+        assert read_hf(tmp_path / "m").to_record() == record
         if file:
             (tmp_path / "m" / file).unlink()
             (tmp_path / "m" / "SHA256SUMS").unlink()

@@ -58,7 +58,7 @@ def test_only_a_gradient_above_the_norm_is_scaled():
     """By the first update, -rate * g / (|g| + epsilon), in which a large epsilon shows the size."""
     config = settings(clip_norm=1.0, epsilon=1.0, weight_decay=0.0)
     config.warmup_steps = 0
-    optimizer = make_optimizer(config, 100)
+    optimizer = make_optimizer(config, learning_rate_schedule(config, 100))
     params = {"up": jnp.zeros(2)}
     for grad, clipped in (([0.3, -0.4], [0.3, -0.4]), ([3.0, -4.0], [0.6, -0.8])):
         grads = {"up": jnp.array(grad)}
@@ -69,8 +69,8 @@ def test_only_a_gradient_above_the_norm_is_scaled():
 
 def test_updates_equal_adamw_written_out():
     config = settings(weight_decay=0.3, clip_norm=0.5)
-    optimizer = make_optimizer(config, 110)
     rate = learning_rate_schedule(config, 110)
+    optimizer = make_optimizer(config, rate)
     rng = np.random.default_rng(0)
     params = {"up": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32), "n": {"scale": jnp.ones(4)}}
     expected = jax.tree.map(lambda p: np.asarray(p, np.float64), params)

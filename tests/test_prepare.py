@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 from prepared import DOCUMENTS, files_in, make_documents, run_prepare, stream, texts, write_lines
 
-from mobilellm_jax.data import command, sources, splits
+from mobilellm_jax.data import command, prepare, sources
 from mobilellm_jax.data.loader import open_split
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.tokenizers.sentencepiece import SentencePieceTokenizer, train_tokenizer
@@ -260,10 +260,10 @@ def test_what_is_held_out_does_not_train_the_tokenizer(tmp_path):
 
 
 def test_the_sample_for_the_tokenizer_has_of_each_input_its_share(tmp_path, monkeypatch):
-    monkeypatch.setattr(splits, "MAX_SAMPLE_BYTES", 8000)
+    monkeypatch.setattr(prepare, "MAX_SAMPLE_BYTES", 8000)
     for letter, count in (("a", 300), ("b", 100)):
         write_lines(tmp_path / f"{letter}.jsonl", [letter * 100] * count)
-    sample = list(splits.training_sample(sources.find_sources([tmp_path]), "text", None))
+    sample = list(prepare._training_sample(sources.find_sources([tmp_path]), "text", None))
     assert sample == ["a" * 100] * 60 + ["b" * 100] * 20
 
 

@@ -186,7 +186,7 @@ def test_every_shard_is_on_the_disk_whole_before_the_header(tmp_path, model, mon
     monkeypatch.setattr(os, "fsync", fsync)
     path = write_lines(tmp_path / "a.jsonl")
     header = run_prepare([path], tmp_path / "out", tokenizer=model, records_per_shard=8)
-    before = list(synced)[: list(synced).index("dataset.json.tmp")]
+    before = list(synced)[: list(synced).index(".dataset.json.tmp")]
     shards = header.splits["train"].shards
     assert len(shards) > 2
     assert {shard.file: shard.bytes for shard in shards} == {

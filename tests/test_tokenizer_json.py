@@ -103,7 +103,7 @@ MODELS = pytest.mark.parametrize("name", ["trained", "llama2", "mistral_v1"])
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_both_files_say_whether_bos_is_put_in_front(bos):
-    files = tokenizer_files(load_model("trained"), 10, bos)
+    files = tokenizer_files(SentencePieceTokenizer(load_model("trained")), 10, bos)
     described, config = (json.loads(files[f"tokenizer{x}.json"]) for x in ("", "_config"))
     assert (described["post_processor"] is not None) == config["add_bos_token"] == bos
 

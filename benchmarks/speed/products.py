@@ -66,7 +66,7 @@ def measure(bench: Benchmark) -> None:
     }
     sides = {"jax": jax_products}
     if torch_peers.installed("torch", platform):
-        sides["torch"] = torch_peers.products
+        sides["torch"] = torch_products
     seconds: dict[str, dict[str, list]] = {name: {} for name in sides}
     for _ in range(_ROUNDS):
         for name, function in sides.items():
@@ -128,6 +128,29 @@ def jax_products(settings: dict) -> dict[str, list[float]]:
             for _ in range(count):
                 out = multiply(left, right)
             out.block_until_ready()
+
+        return run
+
+    return timed_products(settings, prepare)
+
+
+def torch_products(settings: dict) -> dict[str, list[float]]:
+    """Torch's side: `torch.mm` of each."""
+    import torch
+
+    device = torch_peers.torch_device(settings["platform"])
+    torch.set_float32_matmul_precision("high")
+    dtype = getattr(torch, settings["execution"]["dtype"])
+
+    def prepare(left, right, transposed):
+        left, right = (torch.from_numpy(x).to(device, dtype) for x in (left, right))
+        left = left.T if transposed == "left" else left
+        right = right.T if transposed == "right" else right
+
+        def run(count):
+            for _ in range(count):
+                torch.mm(left, right)
+            torch_peers.synchronize(device)
 
         return run
 

@@ -35,7 +35,7 @@ def installed(name: str, platform: str) -> bool:
     return on_platform and all(importlib.util.find_spec(module) for module in needed)
 
 
-def _device(platform: str):
+def torch_device(platform: str):
     import torch
 
     if platform == "gpu" and not torch.cuda.is_available():
@@ -68,7 +68,7 @@ def llama(config: ModelConfig, device, dtype: str = "float32"):
     return model
 
 
-def _synchronize(device):
+def synchronize(device):
     import torch
 
     if device.type == "cuda":
@@ -103,7 +103,7 @@ def build_train(settings: dict) -> Workload:
     """Whole training steps of the side `settings["peer"]`."""
     import torch
 
-    peer, device = settings["peer"], _device(settings["platform"])
+    peer, device = settings["peer"], torch_device(settings["platform"])
     if peer == "liger":
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -135,7 +135,7 @@ def build_train(settings: dict) -> Workload:
             tokens = random_tokens(config.vocab_size, shape, step).astype(np.int64)
             inputs, targets = (torch.from_numpy(t.copy()) for t in (tokens[:, :-1], tokens[:, 1:]))
             batches.append((step, inputs.to(device), targets.to(device)))
-        _synchronize(device)
+        synchronize(device)
         return batches
 
     def run(batches):
@@ -149,7 +149,7 @@ def build_train(settings: dict) -> Workload:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.detach())
-        _synchronize(device)
+        synchronize(device)
         return [float(loss) for loss in losses]
 
     return Workload(prepare, run, lambda: {"peak_bytes": peak_bytes(device)})
@@ -159,7 +159,7 @@ def build_generate(settings: dict) -> Workload:
     """Greedy `generate` with transformers' default cache; `torch.compile` is its static cache."""
     import torch
 
-    device = _device(settings["platform"])
+    device = torch_device(settings["platform"])
     torch.set_float32_matmul_precision("high")
     config = ModelConfig.from_dict(settings["model"])
     dtype = settings["execution"]["dtype"]
@@ -211,7 +211,7 @@ def build_attention(settings: dict) -> Workload:
     """Forward and backward pass of `scaled_dot_product_attention`, causal, grouped heads."""
     import torch
 
-    device = _device(settings["platform"])
+    device = torch_device(settings["platform"])
     torch.set_float32_matmul_precision("high")
     dtype = getattr(torch, settings["execution"]["dtype"])
     config = ModelConfig.from_dict(settings["model"])
@@ -228,7 +228,7 @@ def build_attention(settings: dict) -> Workload:
             q, d_out = (normal(config.num_heads, generator) for _ in range(2))
             k, v = (normal(config.num_kv_heads, generator) for _ in range(2))
             calls.append(([x.requires_grad_() for x in (q, k, v)], d_out))
-        _synchronize(device)
+        synchronize(device)
         return calls
 
     def run(calls):
@@ -237,32 +237,7 @@ def build_attention(settings: dict) -> Workload:
                 *qkv, is_causal=True, enable_gqa=config.num_heads != config.num_kv_heads
             )
             torch.autograd.grad(out, qkv, d_out)
-        _synchronize(device)
+        synchronize(device)
         return [None] * len(calls)
 
     return Workload(prepare, run, lambda: {"peak_bytes": peak_bytes(device)})
-
-
-def products(settings: dict) -> dict[str, list[float]]:
-    """`torch.mm` of each product of `products.products`."""
-    import torch
-
-    from benchmarks.speed.products import timed_products
-
-    device = _device(settings["platform"])
-    torch.set_float32_matmul_precision("high")
-    dtype = getattr(torch, settings["execution"]["dtype"])
-
-    def prepare(left, right, transposed):
-        left, right = (torch.from_numpy(x).to(device, dtype) for x in (left, right))
-        left = left.T if transposed == "left" else left
-        right = right.T if transposed == "right" else right
-
-        def run(count):
-            for _ in range(count):
-                torch.mm(left, right)
-            _synchronize(device)
-
-        return run
-
-    return timed_products(settings, prepare)

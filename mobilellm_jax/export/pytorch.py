@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
 from mobilellm_jax.checkpoints.loading import load
 from mobilellm_jax.huggingface import names as hf_names
@@ -73,4 +72,4 @@ def params_from_module(config: ModelConfig, module: MobileLLM) -> dict[str, Any]
     for name, weight, block in hf_names.hf_tensors(config, range(config.num_layers)):
         array = tensors[name].float().cpu().numpy()
         leaves[weight.path][... if block is None else block] = weight.from_hf(array, config)
-    return unflatten_dict(leaves)
+    return hf_names.unflatten(leaves)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from flax.traverse_util import unflatten_dict
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.huggingface import config as hf_config
@@ -61,8 +60,8 @@ def save_hf(
       form: "expanded" or "compact", see the module's description.
       tokenizer_model: the SentencePiece model to put with it.
       dtype: of the weights in the file, "float32", "bfloat16" or "float16".
-      provenance: what is known of the training, kept in config.json: "step", "mask_documents", and
-        "bos": whether documents began with BOS. If not, the tokenizer puts none in front of a text.
+      provenance: JSON values to keep in config.json, such as "step", "mask_documents", and "bos":
+        whether documents began with BOS. If not, the tokenizer puts none in front of a text.
       chat_template: Jinja text that makes a prompt of a dialogue.
 
     Memory: one tensor more than `params`.
@@ -72,7 +71,8 @@ def save_hf(
         is not finite or too large for the dtype, the tokenizer does not fit, the folder holds
         something else, the disk is full.
     """
-    prompt, known = read_record({**(provenance or {}), "chat_template": chat_template})
+    record = {**(provenance or {}), "chat_template": chat_template}
+    prompt, known = read_record(record, keep_other=True)
     tokenizer = None if tokenizer_model is None else SentencePieceTokenizer(tokenizer_model)
     model = ModelBundle(
         config=config, params=params, tokenizer=tokenizer, prompt=prompt, provenance=known
@@ -180,7 +180,7 @@ def read_hf(path: str | Path, *, shared_kv: str | None = None) -> ModelBundle:
         safe_child(folder, _TOKENIZER)
         if (tokenizer := read_tokenizer(folder)) is not None:
             check_vocabulary(tokenizer, config.vocab_size, str(folder / _TOKENIZER))
-        prompt, provenance = read_record(_read_record(folder, values))
+        prompt, provenance = read_record(_read_record(folder, values), keep_other=True)
         return ModelBundle(
             config=config,
             params=_read_params(files, config, blocks),
@@ -280,7 +280,7 @@ def _read_params(
         first[key] = name
         leaf = leaves[weight.path]
         leaf[... if block is None else block] = weight.from_hf(files.read(name), config)
-    return unflatten_dict(leaves)
+    return hf_names.unflatten(leaves)
 
 
 def _check_same(files: WeightFiles, name: str, other: str) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
@@ -169,7 +168,7 @@ def _checked_leaves(
 ) -> dict[tuple[str, ...], np.ndarray]:
     """The weights by path, on the host; UserError for one that is missing, extra or misshapen."""
     expected = {weight.path: weight.shape(config) for weight in weights(config)}
-    found = flatten_dict(params)
+    found = dict(flatten(params))
     for path in sorted(expected.keys() | found.keys()):
         shape = found[path].shape if path in found else None
         if shape != expected.get(path):
@@ -178,3 +177,28 @@ def _checked_leaves(
                 f"{expected.get(path)}; do the parameters belong to this config?"
             )
     return {path: np.asarray(leaf) for path, leaf in found.items()}
+
+
+# Not those of flax.traverse_util: PyTorch's side of the benchmarks reads this file without JAX.
+
+
+def flatten(
+    tree: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, array) of each array in a nested dict."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def unflatten(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, value in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return tree

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.visits import Visit, visits
+from mobilellm_jax.model.visits import Sweep, Visit, list_sweeps, list_visits
 
 FFN_KINDS = ("swiglu", "relu")
 SHARING_ORDERS = ("none", "immediate", "repeat_all", "reverse")
@@ -117,9 +117,14 @@ class ModelConfig:
         return self.num_layers * self.num_repeats
 
     @functools.cached_property
+    def sweeps(self) -> tuple[Sweep, ...]:
+        """The passes over all stored blocks."""
+        return list_sweeps(self.sharing, self.num_repeats)
+
+    @functools.cached_property
     def visits(self) -> tuple[Visit, ...]:
         """The executions of stored blocks, in order."""
-        return visits(self)
+        return list_visits(self.num_layers, self.sweeps, self.shared_kv)
 
     @property
     def visit_order(self) -> tuple[int, ...]:

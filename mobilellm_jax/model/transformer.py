@@ -18,7 +18,7 @@ from mobilellm_jax.model.block import Block, TokenContext
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.execution import REMAT_POLICIES, Execution
 from mobilellm_jax.model.layers import RMSNorm, constrain, declare_matrix
-from mobilellm_jax.model.visits import Visit, sweeps
+from mobilellm_jax.model.visits import Visit
 
 jax.tree_util.register_dataclass(Visit)  # so that a scan can go through the visits of all blocks
 
@@ -110,10 +110,9 @@ class MobileLLM(nn.Module):
         """
         c = self.config
         reused_kv, collected = None, []
-        plan = sweeps(c)
-        for number, sweep in enumerate(plan):
+        for number, sweep in enumerate(c.sweeps):
             # Keys and values leave the scan where they are asked for or read by later sweeps.
-            reuse = c.shared_kv == "first_visit" and number < len(plan) - 1
+            reuse = c.shared_kv == "first_visit" and number < len(c.sweeps) - 1
             visits = [_stack_visits(c, repeat) for repeat in sweep.repeats]
             run = nn.scan(
                 functools.partial(self._visit_block, collect_kv=collect_kv or reuse),

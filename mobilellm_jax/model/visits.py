@@ -4,13 +4,7 @@ The one rule of layer sharing: training, decoding, PyTorch and exports read it f
 `ModelConfig.visits`.
 """
 
-from __future__ import annotations
-
 import dataclasses
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from mobilellm_jax.model.config import ModelConfig
 
 
 def _static():
@@ -52,31 +46,31 @@ class Sweep:
     reverse: bool
 
 
-def sweeps(config: ModelConfig) -> tuple[Sweep, ...]:
-    """The passes over the stored blocks that `config.sharing` means (paper, figure 6).
+def list_sweeps(sharing: str, num_repeats: int) -> tuple[Sweep, ...]:
+    """The passes over the stored blocks that `ModelConfig.sharing` means (paper, figure 6).
 
     "none" and "immediate" are one sweep that visits each block R times in a row; the other orders
     are R sweeps of one visit each.
     """
-    if config.sharing in ("none", "immediate"):
-        return (Sweep(range(config.num_repeats), reverse=False),)
-    turns = config.sharing == "reverse"
+    if sharing in ("none", "immediate"):
+        return (Sweep(range(num_repeats), reverse=False),)
+    turns = sharing == "reverse"
     return tuple(
         Sweep(range(number, number + 1), reverse=turns and number % 2 == 1)
-        for number in range(config.num_repeats)
+        for number in range(num_repeats)
     )
 
 
-def visits(config: ModelConfig) -> tuple[Visit, ...]:
+def list_visits(num_layers: int, sweeps: tuple[Sweep, ...], shared_kv: str) -> tuple[Visit, ...]:
     """The executions of stored blocks, in order."""
     found: list[Visit] = []
     slot_of_block: dict[int, int] = {}
     num_slots = 0
-    for sweep in sweeps(config):
-        blocks = range(config.num_layers)
+    for sweep in sweeps:
+        blocks = range(num_layers)
         for block in reversed(blocks) if sweep.reverse else blocks:
             for repeat in sweep.repeats:
-                projects_kv = repeat == 0 or config.shared_kv == "own"
+                projects_kv = repeat == 0 or shared_kv == "own"
                 if projects_kv:
                     slot_of_block[block] = num_slots
                     num_slots += 1

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.costs import count_block_params, matmul_params_per_token
-from mobilellm_jax.model.visits import sweeps
 from mobilellm_jax.planning.hlo import Instruction, parse, trip_count
 
 _OPERATIONS = (
@@ -112,7 +111,7 @@ def expected_collectives(
     tables = (1 if c.tie_embeddings else 2) * c.vocab_size * c.embed_dim // tensor
     activation = tokens * c.embed_dim
     times = accumulation_steps
-    gathers = 1 if gather == "step" else 2 * len(sweeps(c)) * times
+    gathers = 1 if gather == "step" else 2 * len(c.sweeps) * times
     sums = c.depth * (5 if remat == "full" else 4)
     rows = [
         ("all-gather", narrow, blocks, ("fsdp",), gathers, "weights"),

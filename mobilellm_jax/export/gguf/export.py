@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from flax.traverse_util import unflatten_dict
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
 
 from mobilellm_jax.errors import UserError
@@ -21,6 +20,7 @@ from mobilellm_jax.huggingface.names import (
     WeightMapping,
     hf_arrays,
     hf_tensors,
+    unflatten,
     weights,
 )
 from mobilellm_jax.machine.extras import import_extra
@@ -126,7 +126,7 @@ def dequantized_params(path: Path, config: ModelConfig) -> dict[str, Any]:
             )
         array = _permuted(array, weight, config, (config.head_dim // 2, 2))
         leaves[weight.path][... if block is None else block] = weight.from_hf(array, config)
-    return unflatten_dict(leaves)
+    return unflatten(leaves)
 
 
 def _check_model(config: ModelConfig, weight_type: str) -> None:
