@@ -1,1 +1,1 @@
-"""The data room: text -> tokenizer -> packed records on disk -> batches for training."""
+"""Data: text to packed records on disk to batches for training."""

@@ -1,1 +1,1 @@
-"""Training: the step, the loop around it, and the checkpoints that let it stop and go on."""
+"""Training: config, data, step and the loop around it."""
