@@ -74,7 +74,7 @@ B200, AMD = device("gpu", "NVIDIA B200", "10.0"), device("gpu", "AMD Instinct MI
 def test_auto_takes_the_kernel_of_the_device_where_it_runs(
     device, dtype, head_dim, num_tokens, kind
 ):
-    shapes = {"dtype": dtype, "head_dim": head_dim, "num_tokens": num_tokens}
+    shapes = {"config": tiny(head_dim=head_dim), "dtype": dtype, "num_tokens": num_tokens}
     assert choose_attention("auto", device, **shapes) == kind
     assert choose_attention("xla", device, **shapes) == "xla"
     for name in ("cudnn", "splash"):
@@ -200,7 +200,7 @@ def gpu():
         device = jax.devices("gpu")[0]
     except RuntimeError:
         pytest.skip("no GPU among the platforms of these tests: cuDNN's attention cannot be run")
-    choose_attention("cudnn", device, dtype="bfloat16", head_dim=H, num_tokens=128)
+    choose_attention("cudnn", device, tiny(head_dim=H), dtype="bfloat16", num_tokens=128)
     with jax.default_device(device):
         yield device
 
@@ -341,7 +341,7 @@ def absent_device(request, monkeypatch):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_is_chosen_for_absent_hardware_is_in_its_program(absent_device, dtype, segmented):
     """Forward once and backward, although remat recomputes everything else."""
-    kind = choose_attention("auto", absent_device, dtype=dtype, head_dim=H, num_tokens=2048)
+    kind = choose_attention("auto", absent_device, tiny(head_dim=H), dtype=dtype, num_tokens=2048)
     assert (kind == "xla") == (absent_device.platform == "gpu" and dtype == "float32")
     sharding = SingleDeviceSharding(absent_device)
     *qkv, segments, _ = (

@@ -8,7 +8,7 @@ import pytest
 from model_cases import ALL_KINDS, tiny
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.config import ModelConfig, default_ffn_dim
+from mobilellm_jax.model.config import ModelConfig, check_expressible, default_ffn_dim
 from mobilellm_jax.model.costs import count_params, kv_cache_bytes_per_token, train_flops_per_token
 from mobilellm_jax.model.presets import PRESETS
 from mobilellm_jax.model.transformer import abstract_params
@@ -152,3 +152,42 @@ def test_unknown_and_missing_keys_are_named():
         ModelConfig.from_dict({"num_layer": 3})
     with pytest.raises(UserError, match="lacks num_heads, num_kv_heads, embed_dim"):
         ModelConfig.from_dict({"num_layers": 3})
+
+
+def test_a_property_that_a_format_does_not_name_is_refused_unless_it_is_off():
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    config = tiny("immediate", 2, ffn="relu")
+    check_expressible(config, names, "this", "take that")
+    check_expressible(tiny(), names - {"ffn", "sharing", "num_repeats"}, "this", "take that")
+    with pytest.raises(UserError) as error:
+        check_expressible(config, names - {"ffn"}, "this", "take that")
+    assert str(error.value) == (
+        "model.ffn = 'relu' cannot be expressed by this; take that, or train with model.ffn "
+        "'swiglu'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("sharing", "repeats", "shared_kv", "expected"),
+    [
+        # (block, cache slot, repeat, projects keys and values) of each visit.
+        ("none", 1, "own", [(0, 0, 0, True), (1, 1, 0, True), (2, 2, 0, True)]),
+        ("immediate", 2, "own", [(b, 2 * b + r, r, True) for b in range(3) for r in range(2)]),
+        ("immediate", 2, "first_visit", [(b, b, r, r == 0) for b in range(3) for r in range(2)]),
+        ("repeat_all", 2, "own", [(b, 3 * r + b, r, True) for r in range(2) for b in range(3)]),
+        (
+            "reverse",
+            2,
+            "first_visit",
+            [(0, 0, 0, True), (1, 1, 0, True), (2, 2, 0, True)]
+            + [(2, 2, 1, False), (1, 1, 1, False), (0, 0, 1, False)],
+        ),
+    ],
+)
+def test_visits_say_who_projects_keys_and_values_and_where_they_are(
+    sharing, repeats, shared_kv, expected
+):
+    config = tiny(sharing, repeats, shared_kv)
+    found = [(v.block, v.cache_slot, v.repeat, v.projects_kv) for v in config.visits]
+    assert found == expected
+    assert config.num_cache_slots == sum(projects for *_, projects in expected)

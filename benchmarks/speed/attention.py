@@ -58,8 +58,8 @@ def runnable_kernels(device: dict, dtype: str, config: ModelConfig, num_tokens: 
             choose_attention(
                 kind,
                 types.SimpleNamespace(**device),
+                config,
                 dtype=dtype,
-                head_dim=config.head_dim,
                 num_tokens=num_tokens,
             )
         except UserError:

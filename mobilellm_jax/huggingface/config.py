@@ -11,7 +11,7 @@ from typing import Any
 from absl import logging
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.config import ModelConfig, check_expressible
 from mobilellm_jax.storage.exports import OWN_KEY
 
 FORMS = ("expanded", "compact")
@@ -44,6 +44,12 @@ _COMPACT_REPEATS = (  # keys of a compact config.json that say again what its re
     *("max_position_embeddings", "num_attention_heads", "num_hidden_layers"),
     *("num_key_value_heads", "tie_word_embeddings"),
 )
+# Fields of ModelConfig that a Llama with a layer for each visit of a block can express.
+LLAMA_FIELDS = {
+    *("num_layers", "num_heads", "num_kv_heads", "embed_dim", "ffn_dim", "head_dim", "vocab_size"),
+    *("max_seq_len", "tie_embeddings", "sharing", "num_repeats", "rope_theta", "norm_eps"),
+    "init_std",
+}
 _READ = {
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("intermediate_size", "head_dim", "vocab_size", "max_position_embeddings", "rope_theta"),
@@ -93,17 +99,12 @@ def to_hf_config(
 
 def _expanded(config: ModelConfig) -> dict[str, Any]:
     """Makes it a LlamaForCausalLM with one layer per visit."""
-    mend = "; write the compact form ('hf_compact' on the command line), or train with "
-    if config.ffn != "swiglu":
-        raise UserError(
-            f"model.ffn = {config.ffn!r} cannot be expressed by LlamaForCausalLM, whose FFN is "
-            f"SwiGLU{mend}model.ffn 'swiglu'"
-        )
-    if config.shared_kv != "own":
-        raise UserError(
-            f"model.shared_kv = {config.shared_kv!r} cannot be expressed by LlamaForCausalLM: "
-            f"its layers attend to their own keys and values{mend}model.shared_kv 'own'"
-        )
+    check_expressible(
+        config,
+        LLAMA_FIELDS,
+        "LlamaForCausalLM (SwiGLU, each layer with its own keys and values)",
+        "write the compact form ('hf_compact' on the command line)",
+    )
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,

@@ -16,10 +16,26 @@ from mobilellm_jax.model.attention_kernels import (
     cudnn_attention,
     splash_attention,
 )
+from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.layers import constrain
 from mobilellm_jax.model.visits import Visit
 
 _MASKED = -1e30  # finite: a row without any visible key must not become NaN
+
+
+class TokenContext(NamedTuple):
+    """The properties of the tokens that every block needs."""
+
+    rope: tuple[jax.Array, jax.Array]  # cosines and sines, [B, T, H] each
+    segment_ids: jax.Array | None  # [B, T]
+
+
+def token_context(
+    config: ModelConfig, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None
+) -> TokenContext:
+    """The context of tokens at these positions, which attend within their segments if given."""
+    rope = rope_tables(positions_BT, config.head_dim, config.rope_theta)
+    return TokenContext(rope, segment_ids_BT)
 
 
 class KeyValue(NamedTuple):
@@ -59,15 +75,15 @@ class CausalAttention:
       key_value: the keys and values that the visit attended to, once it was called.
     """
 
-    def __init__(
-        self, kind: str, segment_ids_BT: jax.Array | None, reused_kv: KeyValue | None = None
-    ):
-        """Takes `kind` and `segment_ids_BT` as `causal_attention` does.
+    def __init__(self, context: TokenContext, kind: str, reused_kv: KeyValue | None = None):
+        """Begins a visit.
 
         Args:
+          context: of the tokens.
+          kind: as for `causal_attention`.
           reused_kv: keys and values of an earlier visit, for a visit that projects none.
         """
-        self._kind, self._segment_ids_BT = kind, segment_ids_BT
+        self._context, self._kind = context, kind
         self.key_value = reused_kv
 
     def __call__(self, visit: Visit, q_BTNH, k_BTKH, v_BTKH) -> jax.Array:
@@ -76,7 +92,7 @@ class CausalAttention:
         q_BTNH = constrain(q_BTNH, ("batch", "seq", "act_heads", "head_dim"))
         with jax.named_scope("attend"):
             return causal_attention(
-                q_BTNH, self.key_value, segment_ids_BT=self._segment_ids_BT, kind=self._kind
+                q_BTNH, self.key_value, segment_ids_BT=self._context.segment_ids, kind=self._kind
             )
 
 

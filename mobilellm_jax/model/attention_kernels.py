@@ -16,6 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.config import ModelConfig
 
 ATTENTION_KINDS = ("xla", "cudnn", "splash")
 ATTENTION_RESIDUALS = "attention_residuals"  # the name of output and normaliser
@@ -30,7 +31,7 @@ _NEEDS = {
 
 
 def choose_attention(
-    requested: str, device: Any, *, dtype: Any, head_dim: int, num_tokens: int
+    requested: str, device: Any, config: ModelConfig, *, dtype: Any, num_tokens: int
 ) -> str:
     """The kernel for attention of `num_tokens` tokens to each other: "xla", "cudnn" or "splash".
 
@@ -44,6 +45,7 @@ def choose_attention(
     Args:
       requested: one of ATTENTION_KINDS, or "auto": the device's kernel if it can run, else XLA.
       device: a `jax.Device`, of this machine or of a `jax.experimental.topologies` description.
+      config: of the model.
 
     Raises:
       UserError: no such kernel, or one that was asked for by name where it cannot run.
@@ -57,13 +59,13 @@ def choose_attention(
         "xla": True,
     }
     runs = {
-        kind: has_kernel[kind] and takes_shape(kind, dtype, head_dim, num_tokens)
+        kind: has_kernel[kind] and takes_shape(kind, dtype, config.head_dim, num_tokens)
         for kind in has_kernel
     }
     if requested == "auto":
         return next(kind for kind, can_run in runs.items() if can_run)
     if not runs[requested]:
-        raise _unsuitable(requested, device.device_kind, dtype, head_dim, num_tokens)
+        raise _unsuitable(requested, device.device_kind, dtype, config.head_dim, num_tokens)
     return requested
 
 

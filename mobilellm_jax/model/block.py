@@ -5,12 +5,12 @@ Training and decoding run the same `run_block`. They differ in how they multiply
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import flax.linen as nn
 import jax
 
-from mobilellm_jax.model.attention import CausalAttention, KeyValue, apply_rope
+from mobilellm_jax.model.attention import CausalAttention, KeyValue, TokenContext, apply_rope
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.layers import RMSNorm, constrain, declare_matrix, project
 from mobilellm_jax.model.visits import Visit
@@ -45,7 +45,7 @@ def run_block(
     config: ModelConfig,
     weights: BlockWeights,
     x_BTD: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
+    context: TokenContext,
     visit: Visit,
     attend: Attend,
 ) -> jax.Array:
@@ -53,24 +53,17 @@ def run_block(
 
     Args:
       x_BTD: the residual stream.
-      rope: cosines and sines of the tokens' positions, `[B, T, H]` each.
+      context: of the tokens.
     """
     normed_BTD = weights.norm("attention_norm", x_BTD)
     q_BTNH, k_BTKH, v_BTKH = weights.query_key_value(normed_BTD, visit.projects_kv)
-    q_BTNH = apply_rope(q_BTNH, rope)
+    q_BTNH = apply_rope(q_BTNH, context.rope)
     if visit.projects_kv:
-        k_BTKH = apply_rope(k_BTKH, rope)
+        k_BTKH = apply_rope(k_BTKH, context.rope)
     x_BTD = x_BTD + weights.output(attend(visit, q_BTNH, k_BTKH, v_BTKH))
     gate_BTF, up_BTF = weights.gate_up(weights.norm("ffn_norm", x_BTD))
     hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF if config.ffn == "swiglu" else jax.nn.relu(up_BTF)
     return x_BTD + weights.down(hidden_BTF)
-
-
-class TokenContext(NamedTuple):
-    """The properties of the tokens that every block needs."""
-
-    rope: tuple[jax.Array, jax.Array]  # cosines and sines, [B, T, H] each
-    segment_ids: jax.Array | None  # [B, T]
 
 
 class Block(nn.Module):
@@ -93,8 +86,8 @@ class Block(nn.Module):
         Args:
           reused_kv: those of an earlier visit, for a visit that projects none.
         """
-        attend = CausalAttention(self.attention_kind, context.segment_ids, reused_kv)
-        x_BTD = run_block(self.config, self, x_BTD, context.rope, visit, attend)
+        attend = CausalAttention(context, self.attention_kind, reused_kv)
+        x_BTD = run_block(self.config, self, x_BTD, context, visit, attend)
         return constrain(x_BTD, ("batch", "seq", "act_embed")), attend.key_value
 
     def norm(self, name: str, x_BTD: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mobilellm_jax.errors import UserError
@@ -172,3 +172,24 @@ def _check_positive(config: ModelConfig) -> None:
         value = getattr(config, field.name)
         if field.type in (int, float) and not (0 < value < math.inf):
             raise UserError(f"model.{field.name} = {value}: use a positive number")
+
+
+def check_expressible(
+    config: ModelConfig, fields: Collection[str], where: str, alternative: str
+) -> None:
+    """Raises UserError for a property that a format does not know, unless it has its default.
+
+    A property that is new here is refused by every format until the format names it.
+
+    Args:
+      fields: that the format can give any value.
+      where: the format, for the message: "cannot be expressed by ...".
+      alternative: what to do instead, for the message.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in fields and value != field.default:
+            raise UserError(
+                f"model.{field.name} = {value!r} cannot be expressed by {where}; {alternative}, or "
+                f"train with model.{field.name} {field.default!r}"
+            )

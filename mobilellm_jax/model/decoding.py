@@ -17,7 +17,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from mobilellm_jax.model.attention import CachedAttention, KeyValue, rope_tables
+from mobilellm_jax.model.attention import CachedAttention, KeyValue, token_context
 from mobilellm_jax.model.block import run_block
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.layers import rms_norm
@@ -154,12 +154,12 @@ def decode(
     `lengths + T` within the capacity.
     """
     positions_BT = cache.lengths[:, None] + jnp.arange(tokens_BT.shape[1])[None, :]
-    rope = rope_tables(positions_BT, config.head_dim, config.rope_theta)
+    context = token_context(config, positions_BT)
     attention = CachedAttention(cache.keys, cache.values, cache.lengths, positions_BT)
     x_BTD = weights.vocabulary["embedding"][tokens_BT]
     for visit in config.visits:
         block = _DecodingBlock(config, weights.blocks[visit.block], weights.for_one_row)
-        x_BTD = run_block(config, block, x_BTD, rope, visit, attention)
+        x_BTD = run_block(config, block, x_BTD, context, visit, attention)
     keys, values = tuple(attention.keys), tuple(attention.values)
     cache = KVCache(keys, values, cache.lengths + tokens_BT.shape[1])
     return rms_norm(x_BTD, weights.final_norm, config.norm_eps), cache

@@ -75,9 +75,7 @@ def execution_for(
       UserError: a setting that does not exist, or a kernel that does not run there.
     """
     dtype = compute_dtype(dtype, device.platform)
-    attention = choose_attention(
-        attention, device, dtype=dtype, head_dim=config.head_dim, num_tokens=num_tokens
-    )
+    attention = choose_attention(attention, device, config, dtype=dtype, num_tokens=num_tokens)
     return Execution(dtype=dtype, attention=attention, **settings)
 
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mobilellm_jax.model.attention import KeyValue, rope_tables
-from mobilellm_jax.model.block import Block, TokenContext
+from mobilellm_jax.model.attention import KeyValue, token_context
+from mobilellm_jax.model.block import Block
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.execution import REMAT_POLICIES, Execution
 from mobilellm_jax.model.layers import RMSNorm, constrain, declare_matrix
@@ -92,10 +92,7 @@ class MobileLLM(nn.Module):
         """Runs all visits and the final norm; keys and values as in `prefill`."""
         c = self.config
         positions_BT = jnp.arange(embedded_BTD.shape[1])[None, :]
-        context = TokenContext(
-            rope=rope_tables(positions_BT, c.head_dim, c.rope_theta),
-            segment_ids=segment_ids_BT,
-        )
+        context = token_context(c, positions_BT, segment_ids_BT)
         x_BTD = embedded_BTD.astype(self.execution.dtype)
         x_BTD = constrain(x_BTD, ("batch", "seq", "act_embed"))
         x_BTD, key_value = self._run_sweeps(x_BTD, context, collect_kv)

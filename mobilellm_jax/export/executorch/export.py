@@ -15,12 +15,16 @@ from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.pytorch import module_from_params
+from mobilellm_jax.huggingface.config import LLAMA_FIELDS
 from mobilellm_jax.machine.extras import import_extra
-from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.config import ModelConfig, check_expressible
 from mobilellm_jax.model.costs import num_ffn_matrices
 from mobilellm_jax.model_bundle import ModelBundle
 from mobilellm_jax.tokenizers.sentencepiece import MODEL_FILE
 from mobilellm_jax.tokenizers.tokenizer import Tokenizer
+
+# Fields of ModelConfig that the program computes: its attention is an operator of its own.
+_FIELDS = {*LLAMA_FIELDS, "ffn", "shared_kv"}
 
 
 def write_pte(
@@ -47,6 +51,7 @@ def write_pte(
       OSError: `path` cannot be written.
     """
     config = model.config
+    check_expressible(config, _FIELDS, "an ExecuTorch program", "convert to another format")
     if model.tokenizer is not None:
         _check_tokenizer(model.tokenizer)
     if not 1 < context_length <= config.max_seq_len:
@@ -107,7 +112,7 @@ def _cached_program(module, config: ModelConfig, context_length: int):
             torch._check(start < context_length)
             torch._check(start + tokens_1T.shape[1] <= context_length)
 
-            def attend(slot, q_1TNH, k_1TKH=None, v_1TKH=None):
+            def attend(_, slot, q_1TNH, k_1TKH=None, v_1TKH=None):
                 keys, values = getattr(self, f"keys_{slot}"), getattr(self, f"values_{slot}")
                 if k_1TKH is not None:
                     torch.ops.llama.update_cache(k_1TKH, keys, start)

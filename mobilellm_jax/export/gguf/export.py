@@ -14,6 +14,7 @@ from absl import logging
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.huggingface.config import LLAMA_FIELDS
 from mobilellm_jax.huggingface.names import (
     EMBEDDING,
     HEAD,
@@ -24,7 +25,7 @@ from mobilellm_jax.huggingface.names import (
     weights,
 )
 from mobilellm_jax.machine.extras import import_extra
-from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.config import ModelConfig, check_expressible
 from mobilellm_jax.model_bundle import ModelBundle
 from mobilellm_jax.tokenizers.sentencepiece import MODEL_FILE
 from mobilellm_jax.tokenizers.tokenizer import check_vocabulary
@@ -133,17 +134,12 @@ def _check_model(config: ModelConfig, weight_type: str) -> None:
     """UserError for what a Llama in GGUF cannot express."""
     if weight_type not in WEIGHT_TYPES:
         raise UserError(f"weight type {weight_type!r}: use one of {', '.join(WEIGHT_TYPES)}")
-    if config.ffn != "swiglu":
-        raise UserError(
-            f"model.ffn = {config.ffn!r} cannot be expressed in GGUF, where the FFN of a Llama is "
-            "SwiGLU; convert to another format, or train with model.ffn 'swiglu'"
-        )
-    if config.shared_kv != "own":
-        raise UserError(
-            f"model.shared_kv = {config.shared_kv!r} cannot be expressed in GGUF, where every "
-            "layer of a Llama attends to its own keys and values; convert to another format, or "
-            "train (or fine-tune) with model.shared_kv 'own'"
-        )
+    check_expressible(
+        config,
+        LLAMA_FIELDS,
+        "a Llama in GGUF (SwiGLU, each layer with its own keys and values)",
+        "convert to another format",
+    )
     if config.depth > _MAX_LAYERS:
         raise UserError(
             f"the model runs {config.depth} blocks, llama.cpp at most {_MAX_LAYERS}; convert to "

@@ -5,8 +5,9 @@ names of a Llama of L layers, L the stored blocks. Letters: B batch, T query pos
 positions, D embed, N query heads, K kv heads, H head_dim, F ffn, V vocabulary.
 
 What attends to what is left to an object, so that training, cached decoding and programs for phones
-are one model: `attend(slot, q_BTNH, k_BTKH, v_BTKH) -> BTNH` keeps the keys and values under the
-number `slot`; without keys and values it takes those that the slot already holds.
+are one model: `attend(attention, slot, q_BTNH, k_BTKH, v_BTKH) -> BTNH` keeps the keys and values
+under the number `slot`; without keys and values it takes those that the slot already holds. The
+module `attention` says which tokens see each other.
 """
 
 from collections.abc import Sequence
@@ -59,12 +60,12 @@ class CausalAttention:
         self._is_reread = is_reread
         self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def __call__(self, slot, q_BTNH, k_BTKH=None, v_BTKH=None):
+    def __call__(self, attention, slot, q_BTNH, k_BTKH=None, v_BTKH=None):
         if k_BTKH is None:
             k_BTKH, v_BTKH = self._held[slot]
         elif self._is_reread:
             self._held[slot] = k_BTKH, v_BTKH
-        return grouped_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True)
+        return attention.among_themselves(q_BTNH, k_BTKH, v_BTKH)
 
 
 class KVCache:
@@ -78,7 +79,7 @@ class KVCache:
         """Tokens held."""
         return next(iter(self._held.values()))[0].shape[1] if self._held else 0
 
-    def __call__(self, slot, q_BTNH, k_BTKH=None, v_BTKH=None):
+    def __call__(self, attention, slot, q_BTNH, k_BTKH=None, v_BTKH=None):
         if k_BTKH is not None:
             if slot in self._held:
                 k_held, v_held = self._held[slot]
@@ -86,7 +87,8 @@ class KVCache:
             self._held[slot] = k_BTKH, v_BTKH
         k_BSKH, v_BSKH = self._held[slot]
         T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-        visible_TS = torch.ones(T, S, dtype=torch.bool, device=q_BTNH.device).tril(S - T)
+        places_S = torch.arange(S, device=q_BTNH.device)
+        visible_TS = attention.visible(places_S[S - T :, None], places_S)
         return grouped_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible_TS)
 
 
@@ -149,10 +151,19 @@ class Attention(nn.Module):
         q_BTNH = rotate(heads(self.q_proj(x_BTD)), rope)
         if visit.projects_kv:
             k_BTKH = rotate(heads(self.k_proj(x_BTD)), rope)
-            out_BTNH = attend(visit.cache_slot, q_BTNH, k_BTKH, heads(self.v_proj(x_BTD)))
+            v_BTKH = heads(self.v_proj(x_BTD))
+            out_BTNH = attend(self, visit.cache_slot, q_BTNH, k_BTKH, v_BTKH)
         else:
-            out_BTNH = attend(visit.cache_slot, q_BTNH)
+            out_BTNH = attend(self, visit.cache_slot, q_BTNH)
         return self.o_proj(out_BTNH.flatten(-2))
+
+    def visible(self, queries, keys):
+        """Whether tokens at the places of the queries see those of the keys; broadcasts."""
+        return keys <= queries
+
+    def among_themselves(self, q_BTNH, k_BTKH, v_BTKH):
+        """Attention of T tokens to each other, each to those that are `visible` to it."""
+        return grouped_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True)
 
 
 class FeedForward(nn.Module):

@@ -51,7 +51,7 @@ class CachedAttention:
         self._is_reread, self._is_prepared = is_reread, False
         self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def __call__(self, slot, q_BTNH, k_BTKH=None, v_BTKH=None):
+    def __call__(self, attention, slot, q_BTNH, k_BTKH=None, v_BTKH=None):
         if k_BTKH is None:
             k_BSKH, v_BSKH = self._held[slot]
         else:
@@ -60,9 +60,9 @@ class CachedAttention:
                 self._held[slot] = k_BSKH, v_BSKH
         S = k_BSKH.shape[1]
         if self._mask is None and q_BTNH.shape[1] == S:
-            return grouped_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True)
+            return attention.among_themselves(q_BTNH, k_BSKH, v_BSKH)
         if not self._is_prepared:
-            self._mask, self._is_prepared = self._visible(S), True
+            self._mask, self._is_prepared = self._visible(attention, S), True
         return grouped_attention(q_BTNH, k_BSKH, v_BSKH, mask=self._mask)
 
     def _stored(self, slot, k_BTKH, v_BTKH):
@@ -73,12 +73,12 @@ class CachedAttention:
         k_BKSH, v_BKSH = self._cache.update(k_BKTH, v_BKTH, slot, places)
         return k_BKSH.transpose(1, 2), v_BKSH.transpose(1, 2)
 
-    def _visible(self, S: int):
+    def _visible(self, attention, S: int):
         """Which keys each query sees. A cache of static size has more keys than tokens."""
         if self._mask is not None and self._mask.dim() == 4:
             return self._mask
         keys_S, queries_T1 = torch.arange(S, device=self._places_T.device), self._places_T[:, None]
-        visible_TS = keys_S <= queries_T1
+        visible_TS = attention.visible(queries_T1, keys_S)
         if self._mask is None:
             return visible_TS
         real_BS = F.pad(self._mask.to(torch.bool), (0, S - self._mask.shape[1]))
