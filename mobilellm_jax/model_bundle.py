@@ -32,7 +32,7 @@ class PromptFormat:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What is known of the training.
+    """Facts about the training, as far as they are known.
 
     Attributes:
       step: updates done.

@@ -5,7 +5,7 @@ where JAX looks: Slurm, Open MPI, mpi4py, TPU metadata (GCE, GKE), Kubernetes jo
 the processes owe each other once they are together is in `mobilellm_jax.machine.coordination`.
 
 Exit status of a process among several: 0 finished, or stopped by a signal and saved; 2 a mistake
-that the user can mend, of this process or of another; 75 another process failed, vanished or hangs,
+that the user can fix, of this process or of another; 75 another process failed, vanished or hangs,
 so that the same command is to be run again; 134 the same, noticed by JAX itself.
 """
 

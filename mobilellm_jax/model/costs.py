@@ -1,4 +1,4 @@
-"""What a model costs, counted from its config: parameters, FLOPs, bytes of keys and values."""
+"""Costs of a model, counted from its config: parameters, FLOPs, bytes of keys and values."""
 
 import dataclasses
 

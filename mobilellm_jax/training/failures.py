@@ -34,13 +34,13 @@ def finite_metrics(pending: dict[int, dict[str, jax.Array]]) -> dict[str, float]
 
 
 @contextlib.contextmanager
-def memory_errors(mend: str) -> Iterator[None]:
-    """Turns the compiler's and the allocator's "out of memory" into a UserError with the mend."""
+def memory_errors(fix: str) -> Iterator[None]:
+    """Turns the compiler's and the allocator's "out of memory" into a UserError with the fix."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            f"a device is out of memory ({str(error).splitlines()[0]}): {mend}"
+            f"a device is out of memory ({str(error).splitlines()[0]}): {fix}"
         ) from error
