@@ -26,6 +26,7 @@ _MASKED = -1e30  # finite: a row without any visible key must not become NaN
 class TokenContext(NamedTuple):
     """The properties of the tokens that every block needs."""
 
+    positions: jax.Array  # [B, T]; B may be 1 for all rows
     rope: tuple[jax.Array, jax.Array]  # cosines and sines, [B, T, H] each
     segment_ids: jax.Array | None  # [B, T]
 
@@ -35,7 +36,7 @@ def token_context(
 ) -> TokenContext:
     """The context of tokens at these positions, which attend within their segments if given."""
     rope = rope_tables(positions_BT, config.head_dim, config.rope_theta)
-    return TokenContext(rope, segment_ids_BT)
+    return TokenContext(positions_BT, rope, segment_ids_BT)
 
 
 class KeyValue(NamedTuple):
@@ -106,19 +107,19 @@ class CachedAttention:
 
     def __init__(
         self,
+        context: TokenContext,
         keys: Sequence[jax.Array],
         values: Sequence[jax.Array],
         lengths_B: jax.Array,
-        positions_BT: jax.Array,
     ):
         """Begins a call.
 
         Args:
+          context: of the new tokens.
           lengths_B: tokens that each row held before.
-          positions_BT: of the new tokens.
         """
         self.keys, self.values = list(keys), list(values)
-        self._lengths_B, self._positions_BT = lengths_B, positions_BT
+        self._context, self._lengths_B = context, lengths_B
 
     def __call__(self, visit: Visit, q_BTNH, k_BTKH, v_BTKH) -> jax.Array:
         slot = visit.cache_slot
@@ -126,7 +127,8 @@ class CachedAttention:
             k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.swapaxes(1, 2)
             self.keys[slot] = _store(self.keys[slot], k_BKHT, self._lengths_B, axis=2)
             self.values[slot] = _store(self.values[slot], v_BKTH, self._lengths_B, axis=1)
-        return attend_to_cache(q_BTNH, self.keys[slot], self.values[slot], self._positions_BT)
+        positions_BT = self._context.positions
+        return attend_to_cache(q_BTNH, self.keys[slot], self.values[slot], positions_BT)
 
 
 def _store(held, new, starts_B, axis):

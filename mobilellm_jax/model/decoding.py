@@ -155,7 +155,7 @@ def decode(
     """
     positions_BT = cache.lengths[:, None] + jnp.arange(tokens_BT.shape[1])[None, :]
     context = token_context(config, positions_BT)
-    attention = CachedAttention(cache.keys, cache.values, cache.lengths, positions_BT)
+    attention = CachedAttention(context, cache.keys, cache.values, cache.lengths)
     x_BTD = weights.vocabulary["embedding"][tokens_BT]
     for visit in config.visits:
         block = _DecodingBlock(config, weights.blocks[visit.block], weights.for_one_row)
