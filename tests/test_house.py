@@ -189,7 +189,7 @@ def module_names(tree, package):
 
 
 def broken_rules(package):
-    """What the table does not allow, in words; `package` is the folder of the package."""
+    """The imports that the table forbids, in words; `package` is the folder of the package."""
     found = []
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).parts

@@ -83,7 +83,7 @@ def test_bfloat16_inputs_have_fp32_logits():
 
 
 def test_bfloat16_inputs_have_an_fp32_gradient_of_the_head():
-    """Of equal logits, whose softmax has no rounding; the sum has more digits than bfloat16."""
+    """Equal logits, whose softmax has no rounding; the sum has more digits than bfloat16."""
     hidden = jnp.asarray(RNG.normal(size=(2, 512, 8)) + 1, jnp.bfloat16)
     targets, weights = jnp.asarray(RNG.integers(0, 4, (2, 512))), jnp.ones((2, 512))
     gradient = jax.grad(cross_entropy_sum, 1)(hidden, jnp.zeros((4, 8)), targets, weights, 2)

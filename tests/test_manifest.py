@@ -38,7 +38,7 @@ def _rewrite(folder, change):
 
 @pytest.fixture
 def synced(monkeypatch):
-    """What is forced to disk, in order: path, and bytes at that moment."""
+    """The calls of fsync, in order: path, and bytes at that moment."""
     forced = []
 
     def fsync(descriptor, original=os.fsync):

@@ -316,7 +316,7 @@ def test_the_last_step_is_logged_evaluated_and_saved_whatever_the_intervals():
 
 
 def test_other_errors_than_those_of_memory_pass_unchanged():
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory_errors("a mend"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory_errors("a fix"):
         raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
 
 

@@ -102,7 +102,7 @@ class RunData:
             )
 
     def facts(self) -> dict:
-        """What decides the run, to be compared between its processes."""
+        """All that decides the run, to be compared between its processes."""
         return {
             "config": json.loads(self._config.to_json_best_effort()),
             "dataset": {
