@@ -157,7 +157,8 @@ def _parse(model_bytes: bytes, name: str) -> tuple[sentencepiece_proto.ModelProt
     return proto, SentencePieceTokenizer(model_bytes, name)
 
 
-def _check_supported(proto: sentencepiece_proto.ModelProto, name: str) -> None:
+def beyond_plain_bpe(proto: sentencepiece_proto.ModelProto) -> list[str]:
+    """The features, in words, that runtimes with a plain BPE of bytes and merges do not have."""
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     reasons = {
         "its algorithm is not BPE": trainer.model_type != trainer.BPE,
@@ -172,9 +173,12 @@ def _check_supported(proto: sentencepiece_proto.ModelProto, name: str) -> None:
             p.type == _Piece.USER_DEFINED and len(p.piece) > 1 for p in proto.pieces
         ),
     }
-    for reason, found in reasons.items():
-        if found:
-            raise UserError(f"{name}: cannot be written as tokenizer.json, {reason}" + _UNCHANGED)
+    return [reason for reason, found in reasons.items() if found]
+
+
+def _check_supported(proto: sentencepiece_proto.ModelProto, name: str) -> None:
+    if reasons := beyond_plain_bpe(proto):
+        raise UserError(f"{name}: cannot be written as tokenizer.json, {reasons[0]}" + _UNCHANGED)
     characters = {p.piece for p in proto.pieces if len(p.piece) == 1}
     for piece in (p.piece for p in proto.pieces if p.type == _Piece.NORMAL):
         if unknown := set(piece) - characters:

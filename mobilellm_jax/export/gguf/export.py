@@ -27,6 +27,7 @@ from mobilellm_jax.huggingface.names import (
 from mobilellm_jax.machine.extras import import_extra
 from mobilellm_jax.model.config import ModelConfig, check_expressible
 from mobilellm_jax.model_bundle import ModelBundle
+from mobilellm_jax.tokenizers.huggingface_json import beyond_plain_bpe
 from mobilellm_jax.tokenizers.sentencepiece import MODEL_FILE
 from mobilellm_jax.tokenizers.tokenizer import check_vocabulary
 
@@ -229,27 +230,14 @@ def _add_vocabulary(writer, gguf: ModuleType, model: ModelBundle) -> None:
 
 def _check_vocabulary(proto: sentencepiece_proto.ModelProto) -> None:
     """UserError for what llama.cpp would give other ids for, or end the process."""
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    reasons = {
-        "its algorithm is not BPE": trainer.model_type != trainer.BPE,
-        "it has no byte fallback": not trainer.byte_fallback,
-        "it normalises text": bool(
-            normalizer.precompiled_charsmap or proto.denormalizer_spec.precompiled_charsmap
-        ),
-        "it removes extra spaces": normalizer.remove_extra_whitespaces,
-        "it does not mark spaces": not normalizer.escape_whitespaces,
-        "it marks spaces behind words": trainer.treat_whitespace_as_suffix,
-        "it has unused pieces": any(p.type == _Piece.UNUSED for p in proto.pieces),
-        "it has user-defined symbols of several characters": any(
-            p.type == _Piece.USER_DEFINED and len(p.piece) > 1 for p in proto.pieces
-        ),
-    }
-    for reason, found in reasons.items():
-        if found:
-            raise UserError(
-                f"tokenizer.model: llama.cpp cannot give its ids, {reason}; convert to another "
-                "format, or train with a tokenizer of this project"
-            )
+    reasons = beyond_plain_bpe(proto)
+    if not proto.trainer_spec.byte_fallback:
+        reasons.append("it has no byte fallback")
+    if reasons:
+        raise UserError(
+            f"tokenizer.model: llama.cpp cannot give its ids, {reasons[0]}; convert to another "
+            "format, or train with a tokenizer of this project"
+        )
     known = {p.piece for p in proto.pieces if p.type == _Piece.NORMAL}
     for text in (p.piece for p in proto.pieces if p.type in _MARKS):
         splits = ((text[:i], text[i:]) for i in range(1, len(text)))
