@@ -6,7 +6,7 @@ import pytest
 from prepared import DOCUMENTS
 
 from mobilellm_jax.data import encoding
-from mobilellm_jax.data.sources import Document
+from mobilellm_jax.data.documents import Document
 from mobilellm_jax.tokenizers.sentencepiece import train_tokenizer
 
 NUM_WORKERS = 2

@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 from prepared import DOCUMENTS, files_in, make_documents, run_prepare, stream, texts, write_lines
 
-from mobilellm_jax.data import command, prepare, sources
+from mobilellm_jax.data import command, prepare, rows, sources
 from mobilellm_jax.data.loader import open_split
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.tokenizers.sentencepiece import SentencePieceTokenizer, train_tokenizer
@@ -57,7 +57,8 @@ def test_document_starts_are_where_the_bos_tokens_are(tmp_path, model):
 def test_one_and_two_workers_write_the_same_bytes(tmp_path, model, monkeypatch):
     monkeypatch.setattr("mobilellm_jax.data.encoding.BLOCK_BYTES", 2000)  # many small batches
     monkeypatch.setattr("mobilellm_jax.data.prepare.BLOCK_BYTES", 2000)
-    monkeypatch.setattr("mobilellm_jax.data.sources.BLOCK_BYTES", 500)  # documents in blocks
+    monkeypatch.setattr("mobilellm_jax.data.rows.BLOCK_BYTES", 500)  # documents in blocks
+    monkeypatch.setattr("mobilellm_jax.data.plain_text.BLOCK_BYTES", 500)
     write_lines(tmp_path / "a.jsonl", make_documents(300))
     (tmp_path / "b.txt").write_text("\n".join(make_documents(50, seed=1)))
     results = []
@@ -70,7 +71,8 @@ def test_one_and_two_workers_write_the_same_bytes(tmp_path, model, monkeypatch):
 
 
 def test_blocks_of_a_long_text_share_one_bos_and_one_eos(tmp_path, model, monkeypatch):
-    monkeypatch.setattr("mobilellm_jax.data.sources.BLOCK_BYTES", 700)
+    monkeypatch.setattr("mobilellm_jax.data.rows.BLOCK_BYTES", 700)
+    monkeypatch.setattr("mobilellm_jax.data.plain_text.BLOCK_BYTES", 700)
     text = "\n".join(make_documents(80)) + "\n" + "no line end " * 200 + "漢" * 2000
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
@@ -185,7 +187,7 @@ def test_a_fraction_holds_out_documents_by_content(tmp_path, model):
 
 def test_the_blocks_of_a_long_document_all_go_to_one_split(tmp_path, model, monkeypatch):
     """Else a part of a text that is trained on would be in the validation data."""
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 100)
     longs = ["\n".join(make_documents(20, seed)) for seed in range(12)]
     path = write_lines(tmp_path / "a.jsonl", longs)
     assert len(list(sources.iter_documents([path]))) > 100
@@ -210,7 +212,7 @@ def test_a_fraction_of_a_single_text_is_its_end(tmp_path, model, name):
 
 def test_a_cut_at_the_end_of_a_block_begins_a_document(tmp_path, model, monkeypatch):
     """Where a block has no further line end, as in text8, which is one line."""
-    monkeypatch.setattr("mobilellm_jax.data.sources.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("mobilellm_jax.data.plain_text.BLOCK_BYTES", 1000)
     text = "the cat and the dog " * 400
     path = tmp_path / "a.txt"
     path.write_text(text)
@@ -226,7 +228,7 @@ def test_a_cut_at_the_end_of_a_block_begins_a_document(tmp_path, model, monkeypa
 
 
 def test_all_blocks_of_a_document_are_held_out_or_none(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 50)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 50)
     path = write_lines(tmp_path / "a.jsonl")
     run_prepare([path], tmp_path / "out", tokenizer=model, valid_fraction=0.5)
     train, valid = (texts(tmp_path / "out", split) for split in ("train", "valid"))

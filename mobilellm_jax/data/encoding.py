@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
-from mobilellm_jax.data.sources import BLOCK_BYTES, Document
+from mobilellm_jax.data.documents import BLOCK_BYTES, Document
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.tokenizers.tokenizer import Tokenizer
 

@@ -3,20 +3,21 @@
 import contextlib
 import dataclasses
 import os
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tqdm
 
 from mobilellm_jax import __version__
 from mobilellm_jax.data.dataset import Dataset
+from mobilellm_jax.data.documents import BLOCK_BYTES, Document
 from mobilellm_jax.data.encoding import encode_in_order
 from mobilellm_jax.data.packing import SplitWriter
+from mobilellm_jax.data.progress import ProgressBar
 from mobilellm_jax.data.records import HEADER_FILE, SPLITS, DatasetHeader, SourceFile
-from mobilellm_jax.data.sources import BLOCK_BYTES, Document, Source, find_sources
+from mobilellm_jax.data.settings import PrepareSettings
+from mobilellm_jax.data.sources import Source, find_sources
 from mobilellm_jax.data.splits import split_documents
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.atomic import atomic_folder
@@ -24,38 +25,6 @@ from mobilellm_jax.storage.hashing import sha256_file
 from mobilellm_jax.tokenizers.files import load_tokenizer, write_tokenizer
 from mobilellm_jax.tokenizers.sentencepiece import MAX_SAMPLE_BYTES, MODEL_FILE, train_tokenizer
 from mobilellm_jax.tokenizers.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class PrepareSettings:
-    """Settings that decide the content of a dataset, besides the bytes of its inputs.
-
-    Raises UserError for settings that cannot be.
-    """
-
-    sequence_length: int
-    tokenizer_sha256: str | None
-    vocab_size: int | None
-    field: str
-    split_field: str | None
-    valid_fraction: float
-    num_valid_inputs: int
-    bos: bool
-    eos: bool
-    records_per_shard: int | None
-
-    def __post_init__(self):
-        if (self.tokenizer_sha256 is None) == (self.vocab_size is None):
-            raise UserError("pass either --tokenizer FILE or --vocab_size N, which trains one")
-        if self.sequence_length < 2:
-            raise UserError(f"--sequence_length {self.sequence_length} is too short; 2048 is usual")
-        if not 0 <= self.valid_fraction < 1:
-            raise UserError(
-                f"--valid_fraction {self.valid_fraction} must be at least 0 and less than 1"
-            )
-        ways = (self.num_valid_inputs > 0, self.split_field is not None, self.valid_fraction > 0)
-        if sum(ways) > 1:
-            raise UserError("use only one of --valid_input, --split_field and --valid_fraction")
 
 
 def prepare(
@@ -160,7 +129,7 @@ def _write(
         )
         for split in SPLITS
     }
-    with _ProgressBar(sources, enabled=progress) as bar:
+    with ProgressBar(sources, enabled=progress) as bar:
         encoded = encode_in_order(
             _checked_documents(sources, settings, tokenizer.vocab_size),
             tokenizer,
@@ -265,44 +234,6 @@ def _useful_workers(sources: list[Source], num_workers: int | None) -> int:
     # Compressed text is about four times as long.
     num_bytes = sum(source.size * (4 if source.compression else 1) for source in sources)
     return max(1, min(wanted, num_bytes // BLOCK_BYTES))
-
-
-class _ProgressBar:
-    """Bytes of the inputs read so far, with tokens per second, on standard error."""
-
-    def __init__(self, sources: list[Source], enabled: bool):
-        sizes = [source.size for source in sources]
-        self._sources = sources
-        self._bar = tqdm.tqdm(
-            desc="prepare",
-            total=None if None in sizes else sum(sizes),
-            unit="B",
-            unit_scale=True,
-            disable=not enabled,
-            dynamic_ncols=True,
-        )
-        self._num_tokens = 0
-        self._start = self._shown = time.monotonic()
-
-    def __enter__(self) -> "_ProgressBar":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if error[0] is None:
-            self._show(time.monotonic())
-        self._bar.close()
-
-    def update(self, num_tokens: int) -> None:
-        self._num_tokens += num_tokens
-        now = time.monotonic()
-        if now - self._shown >= 0.2:
-            self._show(now)
-
-    def _show(self, now: float) -> None:
-        self._shown = now
-        rate = tqdm.tqdm.format_sizeof(self._num_tokens / max(now - self._start, 1e-9))
-        self._bar.set_postfix_str(f"{rate} tokens/s", refresh=False)
-        self._bar.update(sum(source.bytes_read for source in self._sources) - self._bar.n)
 
 
 def _finished(

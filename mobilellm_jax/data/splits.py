@@ -4,7 +4,8 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 
-from mobilellm_jax.data.sources import BLOCK_BYTES, Document, Source
+from mobilellm_jax.data.documents import BLOCK_BYTES, Document
+from mobilellm_jax.data.sources import Source
 
 
 def split_documents(

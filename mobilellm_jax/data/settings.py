@@ -1,0 +1,37 @@
+"""The settings of `prepare`, checked."""
+
+import dataclasses
+
+from mobilellm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareSettings:
+    """Settings that decide the content of a dataset, besides the bytes of its inputs.
+
+    Raises UserError for settings that cannot be.
+    """
+
+    sequence_length: int
+    tokenizer_sha256: str | None
+    vocab_size: int | None
+    field: str
+    split_field: str | None
+    valid_fraction: float
+    num_valid_inputs: int
+    bos: bool
+    eos: bool
+    records_per_shard: int | None
+
+    def __post_init__(self):
+        if (self.tokenizer_sha256 is None) == (self.vocab_size is None):
+            raise UserError("pass either --tokenizer FILE or --vocab_size N, which trains one")
+        if self.sequence_length < 2:
+            raise UserError(f"--sequence_length {self.sequence_length} is too short; 2048 is usual")
+        if not 0 <= self.valid_fraction < 1:
+            raise UserError(
+                f"--valid_fraction {self.valid_fraction} must be at least 0 and less than 1"
+            )
+        ways = (self.num_valid_inputs > 0, self.split_field is not None, self.valid_fraction > 0)
+        if sum(ways) > 1:
+            raise UserError("use only one of --valid_input, --split_field and --valid_fraction")
