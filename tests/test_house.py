@@ -152,7 +152,7 @@ ARROWS = {
     "tokenizers": "errors storage",
     "objectives": "model",
     "model_bundle": "model tokenizers",
-    "data": "errors storage tokenizers",
+    "data": "errors storage tables tokenizers",
     "huggingface": "errors machine model model_bundle storage tokenizers",
     "checkpoints": "errors huggingface model model_bundle storage tokenizers",
     "inference": "checkpoints errors machine model model_bundle tokenizers",

@@ -1,6 +1,8 @@
 """`mobilellm prepare`."""
 
 import argparse
+import codecs
+import re
 import time
 
 from mobilellm_jax.data.prepare import prepare
@@ -10,6 +12,11 @@ example: a tokenizer trained on the text itself, one file in twenty held out
 
   %(prog)s --input stories/ --valid_fraction 0.05 --vocab_size 4096 \\
       --sequence_length 512 --output data/stories
+
+example: a text file of many documents, as TinyStories (a blank line between them: '\\n\\n')
+
+  %(prog)s --input TinyStoriesV2-GPT4-train.txt --document_separator '<|endoftext|>' \\
+      --valid_fraction 0.01 --vocab_size 4096 --output data/stories
 
 example: an existing tokenizer, JSON lines that say themselves what is held out
 
@@ -39,11 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--field", default="text", help="key of the text in JSON lines (default: %(default)s)")
     add("--split_field", metavar="FIELD", help="key that says train or valid")
     add(
+        "--document_separator",
+        type=_unescaped,
+        metavar="STRING",
+        help="what stands between the documents of plain-text files, in a line of its own or not; "
+        "\\n, \\t and the like as in Python (default: a file is one document)",
+    )
+    add(
         "--valid_fraction",
         type=float,
         default=0.0,
         metavar="F",
-        help="hold out this fraction of the documents (of a single text file: its end)",
+        help="hold out this fraction of the documents (of a text that is one document: its end)",
     )
     add("--valid_input", nargs="+", default=[], metavar="FILES", help="files to hold out")
     boolean = argparse.BooleanOptionalAction
@@ -64,6 +78,7 @@ def main(args: argparse.Namespace) -> None:
         sequence_length=args.sequence_length,
         field=args.field,
         split_field=args.split_field,
+        document_separator=args.document_separator,
         valid_fraction=args.valid_fraction,
         bos=args.bos,
         eos=args.eos,
@@ -76,3 +91,9 @@ def main(args: argparse.Namespace) -> None:
             f"{split.num_records:,} records of {header.sequence_length}, "
             f"{split.num_bytes / split.num_tokens:.2f} bytes per token"
         )
+
+
+def _unescaped(text: str) -> str:
+    """A string with the escapes that a shell does not read, such as \\n."""
+    escape = r"\\(?:[nrtf\\]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})"
+    return re.sub(escape, lambda found: codecs.decode(found[0], "unicode_escape"), text)

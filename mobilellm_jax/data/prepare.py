@@ -16,6 +16,7 @@ from mobilellm_jax.data.encoding import encode_in_order
 from mobilellm_jax.data.packing import SplitWriter
 from mobilellm_jax.data.progress import ProgressBar
 from mobilellm_jax.data.records import HEADER_FILE, SPLITS, DatasetHeader, SourceFile
+from mobilellm_jax.data.report import Report
 from mobilellm_jax.data.settings import PrepareSettings
 from mobilellm_jax.data.sources import Source, find_sources
 from mobilellm_jax.data.splits import split_documents
@@ -37,6 +38,7 @@ def prepare(
     sequence_length: int = 2048,
     field: str = "text",
     split_field: str | None = None,
+    document_separator: str | None = None,
     valid_fraction: float = 0.0,
     bos: bool = True,
     eos: bool = True,
@@ -47,13 +49,15 @@ def prepare(
     """Turns documents into a dataset folder of packed records (format: ``records.py``).
 
     Every document is BOS, its tokens, EOS: the model learns to start from BOS alone and to stop by
-    itself, and at a boundary inside a record it sees that the context before no longer counts.
+    itself, and at a boundary inside a record it sees that the context before no longer counts. A
+    plain-text file is one document, or has ``document_separator`` between its documents, which
+    may stand in a line of its own or inside of one; line ends beside it go with it.
 
     What is held out as the 'valid' split is decided by one of: ``valid_inputs`` (whole files),
     ``split_field`` (each line says it), or ``valid_fraction``. The last one draws documents by a
-    hash of their content, so copies of a document land on the same side; of a plain-text file of
-    more than 1 MB, or of one that is the only input, it takes the end instead. Lines with official
-    MobileLLM ``token_ids`` become one record each.
+    hash of their content, so copies of a document land on the same side; of a plain-text file that
+    is one document, and larger than 1 MB or the only input, it takes the end instead. Lines with
+    official MobileLLM ``token_ids`` become one record each.
 
     The result does not depend on ``num_workers`` (default: all cores). It is written to
     ``OUTPUT.partial`` and renamed when complete; an ``output`` that is already there from the same
@@ -74,6 +78,7 @@ def prepare(
         bos=bos,
         eos=eos,
         records_per_shard=records_per_shard,
+        document_separator=document_separator,
     )
     sources = find_sources([*inputs, *valid_inputs])
     if not sources:
@@ -82,7 +87,7 @@ def prepare(
         return _finished(output, settings, sources, progress)
     with _new_folder(output) as partial:
         if loaded is None:
-            sample = _training_sample(find_sources(inputs or valid_inputs), field, split_field)
+            sample = _training_sample(find_sources(inputs or valid_inputs), settings)
             loaded = train_tokenizer(sample, vocab_size, partial / MODEL_FILE)
         else:
             write_tokenizer(partial, loaded)
@@ -129,6 +134,7 @@ def _write(
         )
         for split in SPLITS
     }
+    report = Report(sources)
     with ProgressBar(sources, enabled=progress) as bar:
         encoded = encode_in_order(
             _checked_documents(sources, settings, tokenizer.vocab_size),
@@ -145,9 +151,13 @@ def _write(
                 else:
                     is_start = (tokens == tokenizer.bos_id) | (np.arange(len(tokens)) == 0)
                     writer.add_record(tokens, np.flatnonzero(is_start), num_bytes)
+                report.add(document, len(tokens))
                 bar.update(len(tokens))
     splits = {name: split for name in SPLITS if (split := writers[name].close()).num_records}
     _check_splits(splits, settings, len(sources))
+    report.warn(settings)
+    if progress:
+        print(report.table())
     header = DatasetHeader(
         sequence_length=settings.sequence_length,
         vocab_size=tokenizer.vocab_size,
@@ -167,13 +177,7 @@ def _checked_documents(
     sources: list[Source], settings: PrepareSettings, vocab_size: int
 ) -> Iterator[Document]:
     """All documents with their splits; UserError for token ids that cannot be a record."""
-    for document in split_documents(
-        sources,
-        field=settings.field,
-        split_field=settings.split_field,
-        valid_fraction=settings.valid_fraction,
-        num_valid_inputs=settings.num_valid_inputs,
-    ):
+    for document in split_documents(sources, settings):
         if document.token_ids is not None:
             _check_line(document, settings.sequence_length, vocab_size)
         yield document
@@ -194,13 +198,15 @@ def _check_line(document: Document, sequence_length: int, vocab_size: int) -> No
         )
 
 
-def _training_sample(sources: list[Source], field: str, split_field: str | None) -> Iterator[str]:
+def _training_sample(sources: list[Source], settings: PrepareSettings) -> Iterator[str]:
     """Training text for the tokenizer: the head of every input, in proportion to its size."""
     total = sum(source.size or 0 for source in sources)
     for source in sources:
         share = 1 / len(sources) if source.size is None else source.size / total
         taken = 0
-        for document in source.documents(field, split_field):
+        for document in source.documents(
+            settings.field, settings.split_field, settings.document_separator
+        ):
             if document.text and document.split != "valid":
                 taken += len(document.text)
                 yield document.text
@@ -245,20 +251,22 @@ def _finished(
         header.verify_shards(output)
     except UserError as error:
         raise UserError(f"{error} (remove {output} first)") from error
-    mend = f"; name another --output, or remove {output}"
-    for name, value in dataclasses.asdict(settings).items():
-        if header.settings.get(name) != value:
+    fix = f"; name another --output, or remove {output}"
+    for setting in dataclasses.fields(settings):
+        value = getattr(settings, setting.name)
+        before = header.settings.get(setting.name, setting.default)
+        if before != value:
             raise UserError(
-                f"{output}: already made with {name} {header.settings.get(name)!r}, now asked for "
-                f"{value!r}{mend}"
+                f"{output}: already made with {setting.name} {before!r}, now asked for {value!r}"
+                f"{fix}"
             )
     before = [file.path if file.path.startswith("hf:") else file.sha256 for file in header.sources]
     for source, known in zip(sources, before, strict=False):
         if known != (source.path if source.kind == "hf" else sha256_file(source.path)):
-            raise UserError(f"{output}: already made, but {source.path} was different{mend}")
+            raise UserError(f"{output}: already made, but {source.path} was different{fix}")
     if len(sources) != len(before):
         raise UserError(
-            f"{output}: already made from {len(before)} inputs, now {len(sources)}{mend}"
+            f"{output}: already made from {len(before)} inputs, now {len(sources)}{fix}"
         )
     if progress:
         print(f"{output}: already prepared from these inputs; verified, nothing to do")

@@ -22,6 +22,7 @@ class PrepareSettings:
     bos: bool
     eos: bool
     records_per_shard: int | None
+    document_separator: str | None = None  # as in the datasets that do not record it
 
     def __post_init__(self):
         if (self.tokenizer_sha256 is None) == (self.vocab_size is None):
@@ -32,6 +33,8 @@ class PrepareSettings:
             raise UserError(
                 f"--valid_fraction {self.valid_fraction} must be at least 0 and less than 1"
             )
+        if self.document_separator == "":
+            raise UserError("--document_separator is empty; name the text between two documents")
         ways = (self.num_valid_inputs > 0, self.split_field is not None, self.valid_fraction > 0)
         if sum(ways) > 1:
             raise UserError("use only one of --valid_input, --split_field and --valid_fraction")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mobilellm_jax.data.compression import COMPRESSIONS, decompressed
 from mobilellm_jax.data.documents import Document
-from mobilellm_jax.data.plain_text import one_document
+from mobilellm_jax.data.plain_text import one_document, separated_documents
 from mobilellm_jax.data.rows import hf_rows, json_rows, parquet_rows, row_documents
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.hashing import sha256_file
@@ -39,11 +39,14 @@ def find_sources(inputs: Iterable[str | Path]) -> list["Source"]:
 
 
 def iter_documents(
-    paths: Iterable[str | Path], field: str = "text", split_field: str | None = None
+    paths: Iterable[str | Path],
+    field: str = "text",
+    split_field: str | None = None,
+    separator: str | None = None,
 ) -> Iterator[Document]:
     """Documents of all inputs, one after the other; see ``Source.documents``."""
     for source in find_sources(paths):
-        yield from source.documents(field, split_field)
+        yield from source.documents(field, split_field, separator)
 
 
 class Source:
@@ -84,18 +87,27 @@ class Source:
         return self._hash.hexdigest()
 
     def documents(
-        self, field: str = "text", split_field: str | None = None, valid_tail: float = 0.0
+        self,
+        field: str = "text",
+        split_field: str | None = None,
+        separator: str | None = None,
+        valid_tail: float = 0.0,
     ) -> Iterator[Document]:
         """Streams the documents; an object can be read once.
 
         Args:
           field: key or column that holds the text of JSON lines, Parquet and ``hf:`` inputs.
           split_field: key or column that says 'train' or 'valid' ('validation', 'dev', 'test').
-          valid_tail: fraction of a plain-text file, at its end, that becomes a 'valid' document.
+          separator: what stands between the documents of a plain-text file; without one, the file
+            is a document.
+          valid_tail: fraction of a plain-text file that is one document, at its end, that becomes a
+            'valid' document.
 
         Raises:
           UserError: anything wrong with the file, with the line or byte and what to do.
         """
+        if self.kind == "text" and separator is not None:
+            return separated_documents(self.path, self._chunks(), separator)
         if self.kind == "text":
             tail = int((1 - valid_tail) * self._text_bytes()) if valid_tail > 0 else None
             return one_document(self.path, self._chunks(), tail)

@@ -5,31 +5,28 @@ import hashlib
 from collections.abc import Iterator
 
 from mobilellm_jax.data.documents import BLOCK_BYTES, Document
+from mobilellm_jax.data.settings import PrepareSettings
 from mobilellm_jax.data.sources import Source
 
 
-def split_documents(
-    sources: list[Source],
-    *,
-    field: str,
-    split_field: str | None,
-    valid_fraction: float,
-    num_valid_inputs: int,
-) -> Iterator[Document]:
+def split_documents(sources: list[Source], settings: PrepareSettings) -> Iterator[Document]:
     """The documents of all inputs, each with its split.
 
-    Args:
-      field, split_field: as for `Source.documents`.
-      valid_fraction: share of the documents to hold out, drawn by a hash of their content; of a
-        long plain-text file, or of one alone, its end instead.
-      num_valid_inputs: how many of the sources, the last ones, are held out whole.
+    What ``valid_fraction`` holds out is drawn by a hash of a document's content; where a long
+    plain-text file is one document, or the only input is, its end is held out instead. The last
+    ``num_valid_inputs`` of the sources are held out whole.
     """
-    first_valid = len(sources) - num_valid_inputs
+    first_valid = len(sources) - settings.num_valid_inputs
     split = "train"
     for number, source in enumerate(sources):
-        whole = source.kind != "text" or (len(sources) > 1 and source.size <= BLOCK_BYTES)
-        tail = 0.0 if whole else valid_fraction
-        for document in source.documents(field, split_field, tail):
+        one_document = source.kind == "text" and settings.document_separator is None
+        is_cut = one_document and (len(sources) == 1 or source.size > BLOCK_BYTES)
+        for document in source.documents(
+            settings.field,
+            settings.split_field,
+            settings.document_separator,
+            settings.valid_fraction if is_cut else 0.0,
+        ):
             if document.first and document.last and document.text == "":
                 continue
             if number >= first_valid:
@@ -37,7 +34,7 @@ def split_documents(
             elif document.split is not None:
                 split = document.split
             elif document.first:  # a further block goes where the first one went
-                split = "valid" if _draw(document) < valid_fraction else "train"
+                split = "valid" if _draw(document) < settings.valid_fraction else "train"
             yield dataclasses.replace(document, split=split)
 
 
