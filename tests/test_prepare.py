@@ -159,7 +159,7 @@ def test_a_hugging_face_dataset_is_streamed_by_its_name(monkeypatch, tmp_path, m
 
 
 def test_a_split_field_decides(tmp_path, model):
-    names = itertools.cycle(["train", "Validation", "test", "train"])
+    names = itertools.cycle(["train", "Validation", "dev", "train"])
     lines = [json.dumps({"text": text, "part": next(names)}) for text in DOCUMENTS]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     header = run_prepare(

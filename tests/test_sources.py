@@ -90,7 +90,8 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     ("word", "split"),
     [
         *[(word, "train") for word in ("train", "training", "Train")],
-        *[(word, "valid") for word in ("valid", "validation", "val", "dev", "test", "DEV")],
+        *[(word, "valid") for word in ("valid", "validation", "val", "dev", "DEV")],
+        *[(word, "test") for word in ("test", "TEST")],
     ],
 )
 def test_the_usual_words_for_a_split_are_known(tmp_path, word, split):

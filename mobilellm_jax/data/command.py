@@ -44,7 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vocab_size", type=int, metavar="N", help="train a tokenizer of N pieces on the input")
     add("--sequence_length", type=int, default=2048, metavar="N", help="default: %(default)s")
     add("--field", default="text", help="key of the text in JSON lines (default: %(default)s)")
-    add("--split_field", metavar="FIELD", help="key that says train or valid")
+    add("--split_field", metavar="FIELD", help="key that says train, valid or test")
+    add(
+        "--keep_test",
+        action="store_true",
+        help="hold out rows whose split is test, too (default: leave them out)",
+    )
     add(
         "--document_separator",
         type=_unescaped,
@@ -78,6 +83,7 @@ def main(args: argparse.Namespace) -> None:
         sequence_length=args.sequence_length,
         field=args.field,
         split_field=args.split_field,
+        keep_test=args.keep_test,
         document_separator=args.document_separator,
         valid_fraction=args.valid_fraction,
         bos=args.bos,

@@ -11,7 +11,8 @@ class Document:
     """A document, or one block of a long one: exactly one of ``text`` and ``token_ids`` is set.
 
     ``first`` and ``last`` tell where a document in several blocks begins and ends; ``split`` is
-    'train', 'valid' or None where the input does not say; ``line`` counts lines or rows from 1.
+    'train', 'valid', 'test' or None where the input does not say; ``line`` counts lines or rows
+    from 1.
     """
 
     text: str | None

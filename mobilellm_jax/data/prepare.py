@@ -16,7 +16,7 @@ from mobilellm_jax.data.encoding import encode_in_order
 from mobilellm_jax.data.packing import SplitWriter
 from mobilellm_jax.data.progress import ProgressBar
 from mobilellm_jax.data.records import HEADER_FILE, SPLITS, DatasetHeader, SourceFile
-from mobilellm_jax.data.report import Report
+from mobilellm_jax.data.report import Report, warn_of_held_out
 from mobilellm_jax.data.settings import PrepareSettings
 from mobilellm_jax.data.sources import Source, find_sources
 from mobilellm_jax.data.splits import split_documents
@@ -38,6 +38,7 @@ def prepare(
     sequence_length: int = 2048,
     field: str = "text",
     split_field: str | None = None,
+    keep_test: bool = False,
     document_separator: str | None = None,
     valid_fraction: float = 0.0,
     bos: bool = True,
@@ -54,7 +55,8 @@ def prepare(
     may stand in a line of its own or inside of one; line ends beside it go with it.
 
     What is held out as the 'valid' split is decided by one of: ``valid_inputs`` (whole files),
-    ``split_field`` (each line says it), or ``valid_fraction``. The last one draws documents by a
+    ``split_field`` (each line says it; those of a 'test' split are left out, or are 'valid' with
+    ``keep_test``), or ``valid_fraction``. The last one draws documents by a
     hash of their content, so copies of a document land on the same side; of a plain-text file that
     is one document, and larger than 1 MB or the only input, it takes the end instead. Lines with
     official MobileLLM ``token_ids`` become one record each.
@@ -79,12 +81,15 @@ def prepare(
         eos=eos,
         records_per_shard=records_per_shard,
         document_separator=document_separator,
+        keep_test=None if split_field is None and not keep_test else keep_test,
     )
     sources = find_sources([*inputs, *valid_inputs])
     if not sources:
         raise UserError("no input; name files, directories or patterns by --input")
     if (output / HEADER_FILE).exists():
         return _finished(output, settings, sources, progress)
+    if split_field is None:
+        warn_of_held_out(sources[: len(sources) - settings.num_valid_inputs])
     with _new_folder(output) as partial:
         if loaded is None:
             sample = _training_sample(find_sources(inputs or valid_inputs), settings)
@@ -137,7 +142,7 @@ def _write(
     report = Report(sources)
     with ProgressBar(sources, enabled=progress) as bar:
         encoded = encode_in_order(
-            _checked_documents(sources, settings, tokenizer.vocab_size),
+            _checked_documents(sources, settings, tokenizer.vocab_size, report),
             tokenizer,
             bos=settings.bos,
             eos=settings.eos,
@@ -154,8 +159,8 @@ def _write(
                 report.add(document, len(tokens))
                 bar.update(len(tokens))
     splits = {name: split for name in SPLITS if (split := writers[name].close()).num_records}
-    _check_splits(splits, settings, len(sources))
     report.warn(settings)
+    _check_splits(splits, settings, len(sources))
     if progress:
         print(report.table())
     header = DatasetHeader(
@@ -174,10 +179,13 @@ def _write(
 
 
 def _checked_documents(
-    sources: list[Source], settings: PrepareSettings, vocab_size: int
+    sources: list[Source], settings: PrepareSettings, vocab_size: int, report: Report
 ) -> Iterator[Document]:
-    """All documents with their splits; UserError for token ids that cannot be a record."""
+    """The documents to write, with their splits; UserError for ids that cannot be a record."""
     for document in split_documents(sources, settings):
+        if document.split == "test":
+            report.leave_out(document)
+            continue
         if document.token_ids is not None:
             _check_line(document, settings.sequence_length, vocab_size)
         yield document
@@ -207,7 +215,7 @@ def _training_sample(sources: list[Source], settings: PrepareSettings) -> Iterat
         for document in source.documents(
             settings.field, settings.split_field, settings.document_separator
         ):
-            if document.text and document.split != "valid":
+            if document.text and document.split in ("train", None):
                 taken += len(document.text)
                 yield document.text
             if taken >= share * MAX_SAMPLE_BYTES:
@@ -216,7 +224,10 @@ def _training_sample(sources: list[Source], settings: PrepareSettings) -> Iterat
 
 def _check_splits(splits: dict[str, Any], settings: PrepareSettings, num_sources: int) -> None:
     if not splits:
-        raise UserError("the input holds no text: not one token to predict; look at the files")
+        raise UserError(
+            "the input holds no text to train on or hold out: not one token to predict; look at "
+            "the files"
+        )
     train_files = num_sources > settings.num_valid_inputs
     if "train" not in splits and train_files and settings.split_field is None:
         raise UserError(
@@ -252,13 +263,13 @@ def _finished(
     except UserError as error:
         raise UserError(f"{error} (remove {output} first)") from error
     fix = f"; name another --output, or remove {output}"
-    for setting in dataclasses.fields(settings):
-        value = getattr(settings, setting.name)
-        before = header.settings.get(setting.name, setting.default)
+    # How the datasets were made that do not record these settings.
+    earlier = {"keep_test": None if settings.split_field is None else True}
+    for name, value in dataclasses.asdict(settings).items():
+        before = header.settings.get(name, earlier.get(name))
         if before != value:
             raise UserError(
-                f"{output}: already made with {setting.name} {before!r}, now asked for {value!r}"
-                f"{fix}"
+                f"{output}: already made with {name} {before!r}, now asked for {value!r}{fix}"
             )
     before = [file.path if file.path.startswith("hf:") else file.sha256 for file in header.sources]
     for source, known in zip(sources, before, strict=False):

@@ -1,6 +1,7 @@
 """What `prepare` found in its inputs: a table of them, and what looks like a mistake."""
 
 import logging
+import re
 
 from mobilellm_jax.data.documents import Document
 from mobilellm_jax.data.settings import PrepareSettings
@@ -13,6 +14,20 @@ _SEPARATORS = (
     *("<|endoftext|>", "<|end_of_text|>", "<|endofdocument|>", "<|eot_id|>", "<|im_end|>"),
     *("<eos>", "<EOS>", "<EOD>", "<s>", "</s>", "<｜end▁of▁sentence｜>"),
 )
+_HELD_OUT = re.compile(
+    r"(?<![a-z])(tests?|valid|validation|val|evals?|evaluation|dev|held[ ._-]?out)(?![a-z])"
+)
+
+
+def warn_of_held_out(sources: list[Source]) -> None:
+    """Warns of files for training that a folder or pattern stood for and that seem to be tests."""
+    found = [source.path for source in sources if _HELD_OUT.search(source.found.lower())]
+    if found:
+        logging.warning(
+            "goes into training, though the name says that it is for tests: %s; hold it out by "
+            "--valid_input, or name the files for training one by one",
+            ", ".join(found[:5]) + (f" and {len(found) - 5:,} more" if len(found) > 5 else ""),
+        )
 
 
 class Report:
@@ -22,6 +37,7 @@ class Report:
         self._sources = sources
         # Path -> split -> documents, tokens.
         self._counts = {s.path: {"train": [0, 0], "valid": [0, 0]} for s in sources}
+        self._num_test_rows = 0
         self._found: dict[str, tuple[int, str]] = {}  # separator -> how often, and where first
 
     def add(self, document: Document, num_tokens: int) -> None:
@@ -35,6 +51,10 @@ class Report:
             if number := document.text.count(mark):
                 before, where = self._found.get(mark, (0, document.where))
                 self._found[mark] = before + number, where
+
+    def leave_out(self, document: Document) -> None:
+        """Counts a row of a test set, or a block of one, that does not go into the dataset."""
+        self._num_test_rows += document.first
 
     def table(self) -> str:
         """The inputs with their documents and tokens, of many the ones with the most tokens."""
@@ -58,7 +78,13 @@ class Report:
         )
 
     def warn(self, settings: PrepareSettings) -> None:
-        """Warns of separators that are read as text, and of one that is not there."""
+        """Warns of rows left out, of separators read as text, and of one that is not there."""
+        if self._num_test_rows:
+            logging.warning(
+                "left out %s rows whose %s is 'test'; --keep_test holds them out as 'valid'",
+                f"{self._num_test_rows:,}",
+                settings.split_field,
+            )
         if self._found:
             found = [f"{mark} ({n:,}, first: {where})" for mark, (n, where) in self._found.items()]
             logging.warning(

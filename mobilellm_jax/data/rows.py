@@ -7,9 +7,11 @@ from typing import Any
 from mobilellm_jax.data.documents import BLOCK_BYTES, Document, cut
 from mobilellm_jax.errors import UserError
 
-_SPLITS = {"train": "train", "training": "train"} | dict.fromkeys(
-    ("valid", "validation", "val", "dev", "test"), "valid"
-)
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("valid", "validation", "val", "dev"), "valid"),
+    "test": "test",
+}
 
 
 def row_documents(
@@ -21,7 +23,7 @@ def row_documents(
       path: the input, for messages.
       rows: (number from 1, value) of each.
       field: key of the text.
-      split_field: key that says 'train' or 'valid'.
+      split_field: key that says 'train', 'valid' or 'test'.
 
     Raises:
       UserError: a row that is not as described.

@@ -22,7 +22,8 @@ class PrepareSettings:
     bos: bool
     eos: bool
     records_per_shard: int | None
-    document_separator: str | None = None  # as in the datasets that do not record it
+    document_separator: str | None
+    keep_test: bool | None  # None without a split_field
 
     def __post_init__(self):
         if (self.tokenizer_sha256 is None) == (self.vocab_size is None):
@@ -33,6 +34,8 @@ class PrepareSettings:
             raise UserError(
                 f"--valid_fraction {self.valid_fraction} must be at least 0 and less than 1"
             )
+        if self.keep_test and self.split_field is None:
+            raise UserError("--keep_test is of rows that say their split; add --split_field FIELD")
         if self.document_separator == "":
             raise UserError("--document_separator is empty; name the text between two documents")
         ways = (self.num_valid_inputs > 0, self.split_field is not None, self.valid_fraction > 0)

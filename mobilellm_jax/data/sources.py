@@ -28,14 +28,16 @@ def find_sources(inputs: Iterable[str | Path]) -> list["Source"]:
     Directories are searched recursively for the known kinds of file, sorted by path, hidden files
     left out. Raises UserError for what is missing, empty, or listed twice.
     """
-    names = [name for item in inputs for name in _expand(str(item))]
+    sources = [
+        Source(name, _found_part(name, str(item))) for item in inputs for name in _expand(str(item))
+    ]
     seen = set()
-    for name in names:
+    for name in (source.path for source in sources):
         key = name if name.startswith("hf:") else Path(name).resolve()
         if key in seen:
             raise UserError(f"{name}: this input is listed twice; list it once")
         seen.add(key)
-    return [Source(name) for name in names]
+    return sources
 
 
 def iter_documents(
@@ -57,10 +59,12 @@ class Source:
       kind: 'text', 'jsonl', 'parquet' or 'hf'.
       size: bytes on disk (compressed ones where it is compressed), None for ``hf:``.
       bytes_read: how many of them have been read so far; for ``hf:``, bytes of text.
+      found: the part of its path that the user did not write, but a folder or pattern stood for.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, found: str = ""):
         self.path = path
+        self.found = found
         self.bytes_read = 0
         self.compression = ""
         self._hash = hashlib.sha256()
@@ -97,7 +101,8 @@ class Source:
 
         Args:
           field: key or column that holds the text of JSON lines, Parquet and ``hf:`` inputs.
-          split_field: key or column that says 'train' or 'valid' ('validation', 'dev', 'test').
+          split_field: key or column that says 'train', 'valid' (or 'validation', 'val', 'dev') or
+            'test'.
           separator: what stands between the documents of a plain-text file; without one, the file
             is a document.
           valid_tail: fraction of a plain-text file that is one document, at its end, that becomes a
@@ -158,6 +163,14 @@ def _expand(item: str) -> list[str]:
         what = "no file matches this pattern" if glob.has_magic(item) else "no such file"
         raise UserError(f"{item}: {what}; look for a typing mistake in the path")
     return [name for match in found for name in _expand(match)]
+
+
+def _found_part(name: str, item: str) -> str:
+    """What of a file's name does not stand in the folder or pattern that led to it."""
+    name, item = os.path.normpath(name), os.path.normpath(item)
+    found = name[len(os.path.commonprefix([name, item])) :]
+    ending = os.path.commonprefix([found[::-1], item[::-1]])
+    return found[: len(found) - len(ending)]
 
 
 def _is_known(file: Path, top: Path) -> bool:

@@ -14,7 +14,8 @@ def split_documents(sources: list[Source], settings: PrepareSettings) -> Iterato
 
     What ``valid_fraction`` holds out is drawn by a hash of a document's content; where a long
     plain-text file is one document, or the only input is, its end is held out instead. The last
-    ``num_valid_inputs`` of the sources are held out whole.
+    ``num_valid_inputs`` of the sources are held out whole. Rows of a test set are 'test', or with
+    ``keep_test`` 'valid'.
     """
     first_valid = len(sources) - settings.num_valid_inputs
     split = "train"
@@ -32,7 +33,8 @@ def split_documents(sources: list[Source], settings: PrepareSettings) -> Iterato
             if number >= first_valid:
                 split = "valid"
             elif document.split is not None:
-                split = document.split
+                is_kept = document.split == "test" and settings.keep_test
+                split = "valid" if is_kept else document.split
             elif document.first:  # a further block goes where the first one went
                 split = "valid" if _draw(document) < settings.valid_fraction else "train"
             yield dataclasses.replace(document, split=split)
