@@ -155,8 +155,8 @@ ARROWS = {
     "data": "errors storage tables tokenizers",
     "huggingface": "errors machine model model_bundle storage tokenizers",
     "checkpoints": "errors huggingface model model_bundle storage tokenizers",
-    "inference": "checkpoints errors machine model model_bundle tokenizers",
-    "evaluation": "checkpoints data errors machine model model_bundle objectives",
+    "inference": "checkpoints errors machine model model_bundle storage tokenizers",
+    "evaluation": "checkpoints data errors machine model model_bundle objectives storage",
     "export": "checkpoints errors huggingface inference machine model model_bundle storage tables "
     "tokenizers",
     "training": "checkpoints data errors evaluation machine model objectives storage tokenizers",

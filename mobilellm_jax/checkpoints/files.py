@@ -18,6 +18,7 @@ from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import abstract_params
 from mobilellm_jax.model_bundle import ModelBundle, read_record
 from mobilellm_jax.storage.manifest import MANIFEST_NAME, find_damage
+from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.tokenizers.files import read_tokenizer
 from mobilellm_jax.tokenizers.tokenizer import Tokenizer
 
@@ -171,7 +172,7 @@ def load_checkpoint(path: str | Path) -> ModelBundle:
     Raises:
       UserError: no checkpoint, no valid one, or arrays that do not make the model of its config.
     """
-    folder = find_valid(Path(path))
+    folder = find_valid(local_path(path))
     metadata = read_metadata(folder)
     config = read_config(folder, metadata)
     params = read_tree(folder, metadata, "params", abstract_params(config))

@@ -10,6 +10,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.huggingface.folder import read_hf
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model_bundle import ModelBundle
+from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.tokenizers.files import load_tokenizer
 from mobilellm_jax.tokenizers.tokenizer import check_vocabulary
 
@@ -33,7 +34,7 @@ def load(path: str | Path) -> tuple[ModelConfig, dict]:
 
 def load_model(path: str | Path) -> ModelBundle:
     """Reads all that was saved of a model but the optimizer's state; arguments as for `load`."""
-    path = Path(path)
+    path = local_path(path)
     if not path.exists():
         raise UserError(f"{path}: no such folder")
     has_steps = (path / "checkpoints").is_dir() or (path / "manifest.json").exists()
@@ -53,9 +54,10 @@ def load_text_model(path: str | Path, tokenizer: str | Path | None = None) -> Mo
     Raises:
       UserError: as for `load`; or there is no tokenizer, or one that does not fit the model.
     """
+    own = None if tokenizer is None else load_tokenizer(tokenizer)  # before what takes long
     model = load_model(path)
-    if tokenizer is not None:
-        model = dataclasses.replace(model, tokenizer=load_tokenizer(tokenizer))
+    if own is not None:
+        model = dataclasses.replace(model, tokenizer=own)
     if model.tokenizer is None:
         raise UserError(f"{path} has no tokenizer.model: name one with --tokenizer FILE")
     check_vocabulary(model.tokenizer, model.config.vocab_size, str(tokenizer or path))

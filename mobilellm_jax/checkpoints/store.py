@@ -44,6 +44,7 @@ from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model_bundle import ModelBundle
 from mobilellm_jax.storage.atomic import write_file
 from mobilellm_jax.storage.manifest import find_damage, write_manifest
+from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.tokenizers.files import write_tokenizer
 from mobilellm_jax.tokenizers.tokenizer import Tokenizer
 
@@ -94,7 +95,7 @@ class Checkpoints:
         for name, value in (("keep_last", keep_last), ("keep_every", keep_every)):
             if value is not None and value < 1:
                 raise UserError(f"checkpoint.{name} = {value}: use 1 or more")
-        self.directory = Path(workdir).absolute() / CHECKPOINTS_NAME
+        self.directory = local_path(workdir).absolute() / CHECKPOINTS_NAME
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.directory).close()

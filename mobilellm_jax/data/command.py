@@ -6,6 +6,7 @@ import re
 import time
 
 from mobilellm_jax.data.prepare import prepare
+from mobilellm_jax.storage.paths import path_flag
 
 _EPILOG = """\
 example: a tokenizer trained on the text itself, one file in twenty held out
@@ -36,14 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILES",
+        type=path_flag,
         help="text, JSON lines or Parquet files (also .gz .bz2 .xz .zst), directories, patterns, "
         "or hf:NAME[:CONFIG[:SPLIT]]",
     )
-    add("--output", required=True, metavar="DIR", help="folder of the dataset")
-    add("--tokenizer", metavar="FILE", help="SentencePiece tokenizer.model")
+    add("--output", required=True, metavar="DIR", type=path_flag, help="folder of the dataset")
+    add("--tokenizer", metavar="FILE", type=path_flag, help="SentencePiece tokenizer.model")
     add("--vocab_size", type=int, metavar="N", help="train a tokenizer of N pieces on the input")
     add("--sequence_length", type=int, default=2048, metavar="N", help="default: %(default)s")
-    add("--field", default="text", help="key of the text in JSON lines (default: %(default)s)")
+    add(
+        "--field",
+        default="text",
+        metavar="FIELD",
+        help="key of the text in JSON lines (default: %(default)s)",
+    )
     add("--split_field", metavar="FIELD", help="key that says train, valid or test")
     add(
         "--keep_test",
@@ -64,7 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="hold out this fraction of the documents (of a text that is one document: its end)",
     )
-    add("--valid_input", nargs="+", default=[], metavar="FILES", help="files to hold out")
+    add(
+        "--valid_input",
+        nargs="+",
+        default=[],
+        metavar="FILES",
+        type=path_flag,
+        help="files to hold out",
+    )
     boolean = argparse.BooleanOptionalAction
     add("--bos", action=boolean, default=True, help="BOS before each document")
     add("--eos", action=boolean, default=True, help="EOS after each document")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mobilellm_jax.data.records import HEADER_FILE, DatasetHeader
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.tokenizers.files import TOKENIZER_FILES, read_tokenizer
 from mobilellm_jax.tokenizers.tokenizer import Tokenizer
 
@@ -31,7 +32,7 @@ class Dataset:
           UserError: as for `DatasetHeader.load`; or the tokenizer is not the dataset's.
         """
         header = DatasetHeader.load(directory)
-        return cls(str(directory), header, _matching_tokenizer(Path(directory), header))
+        return cls(str(directory), header, _matching_tokenizer(local_path(directory), header))
 
 
 def _matching_tokenizer(directory: Path, header: DatasetHeader) -> Tokenizer:

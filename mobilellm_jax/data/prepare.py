@@ -23,6 +23,7 @@ from mobilellm_jax.data.splits import split_documents
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.atomic import atomic_folder
 from mobilellm_jax.storage.hashing import sha256_file
+from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.tokenizers.files import load_tokenizer, write_tokenizer
 from mobilellm_jax.tokenizers.sentencepiece import MAX_SAMPLE_BYTES, MODEL_FILE, train_tokenizer
 from mobilellm_jax.tokenizers.tokenizer import Tokenizer
@@ -67,7 +68,7 @@ def prepare(
     another dataset in ``output`` and a dead worker.
     """
     assert not isinstance(inputs, str) and not isinstance(valid_inputs, str), "pass lists"
-    output = Path(output)
+    output = local_path(output)
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
     settings = PrepareSettings(
         sequence_length=sequence_length,

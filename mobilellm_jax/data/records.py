@@ -26,6 +26,7 @@ import numpy as np
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.atomic import write_file
 from mobilellm_jax.storage.hashing import sha256_file
+from mobilellm_jax.storage.paths import local_path
 
 PLAIN_FORMAT, MASKED_FORMAT = 1, 2
 HEADER_FILE = "dataset.json"
@@ -170,7 +171,7 @@ class DatasetHeader:
         """Writes ``dataset.json``, the last file of a dataset, durably."""
         values = dataclasses.asdict(self) | {"token_dtype": token_dtype(self.vocab_size).name}
         content = json.dumps(values | {"header_sha256": _json_sha256(values)}, indent=1)
-        write_file(Path(directory) / HEADER_FILE, content.encode())
+        write_file(local_path(directory) / HEADER_FILE, content.encode())
 
     @classmethod
     def load(cls, directory: str | Path) -> "DatasetHeader":
@@ -179,7 +180,7 @@ class DatasetHeader:
         Raises UserError for a folder that is no finished dataset, a malformed header, an unknown
         format version, and a missing or resized shard.
         """
-        directory = Path(directory)
+        directory = local_path(directory)
         path = directory / HEADER_FILE
         try:
             values = json.loads(path.read_bytes())
@@ -200,7 +201,7 @@ class DatasetHeader:
         """Reads every shard and compares its SHA-256; UserError names the first damaged one."""
         for split in self.splits.values():
             for shard in split.shards:
-                path = Path(directory) / shard.file
+                path = local_path(directory) / shard.file
                 if (found := sha256_file(path)) != shard.sha256:
                     raise UserError(
                         f"{path}: sha256 {found[:12]}..., but {HEADER_FILE} says "

@@ -17,6 +17,7 @@ from mobilellm_jax.data.plain_text import one_document, separated_documents
 from mobilellm_jax.data.rows import hf_rows, json_rows, parquet_rows, row_documents
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.hashing import sha256_file
+from mobilellm_jax.storage.paths import local_path
 
 _JSON_LINES = (".jsonl", ".json", ".ndjson")
 _TEXT = (".txt", ".text", ".md")
@@ -146,7 +147,7 @@ def _expand(item: str) -> list[str]:
     """The files that one input stands for."""
     if item.startswith("hf:"):
         return [item]
-    path = Path(item)
+    path = local_path(item)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if _is_known(file, path))
         if not files:

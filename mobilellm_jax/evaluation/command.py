@@ -4,6 +4,7 @@ import argparse
 import json
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.paths import path_flag
 
 _EPILOG = """\
 examples:
@@ -20,11 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="DIR",
+        type=path_flag,
         help="a run's workdir, one of its steps, or a Hugging Face folder",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", metavar="DIR", help="a folder made by `mobilellm prepare`")
-    what.add_argument("--text", metavar="FILE", help="a text file, such as WikiText-2's test set")
+    what.add_argument(
+        "--data", metavar="DIR", type=path_flag, help="a folder made by `mobilellm prepare`"
+    )
+    what.add_argument(
+        "--text", metavar="FILE", type=path_flag, help="a text file, such as WikiText-2's test set"
+    )
     add("--split", metavar="NAME", help="of --data (default: valid)")
     add(
         "--protocol",
@@ -34,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--batch_size", type=int, metavar="N", help="of --data, in sequences (default: 8)")
     add("--max_records", type=int, metavar="N", help="of --data: only the first N records")
-    add("--tokenizer", metavar="FILE", help="for a folder without tokenizer.model")
-    add("--output", metavar="FILE", help="also write the figures as JSON")
+    add("--tokenizer", metavar="FILE", type=path_flag, help="for a folder without tokenizer.model")
+    add("--output", metavar="FILE", type=path_flag, help="also write the figures as JSON")
 
 
 def main(args: argparse.Namespace) -> None:

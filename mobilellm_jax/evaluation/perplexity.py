@@ -17,6 +17,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.execution import Execution
 from mobilellm_jax.model_bundle import ModelBundle
 from mobilellm_jax.objectives.next_token import make_eval_step
+from mobilellm_jax.storage.paths import local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ def official_text(path: str | Path) -> str:
       UserError: the file is missing, empty or not UTF-8 text.
     """
     try:
-        raw = Path(path).read_bytes()
+        raw = local_path(path).read_bytes()
         text = raw.decode("utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error

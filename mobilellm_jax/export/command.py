@@ -22,6 +22,7 @@ from mobilellm_jax.export.formats import FORMATS, Format, rounded_params
 from mobilellm_jax.machine.extras import import_extra
 from mobilellm_jax.model.config import SHARED_KV_KINDS, ModelConfig
 from mobilellm_jax.storage.exports import new_export
+from mobilellm_jax.storage.paths import path_flag
 
 _EPILOG = """\
 formats, and the dtypes of their weights (the first is the default):
@@ -53,10 +54,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print what each preset takes in each format: file, memory, the paper's DRAM budget",
     )
     add = parser.add_argument
-    add("--checkpoint", help="with --to: a run's workdir, one of its steps, or a HF folder")
-    add("--input", help="with --from: the folder to read")
-    add("--output", help="the folder to write; with --from: a new workdir")
-    add("--dtype", help="with --to: of the weights, see below")
+    add(
+        "--checkpoint",
+        metavar="DIR",
+        type=path_flag,
+        help="with --to: a run's workdir, one of its steps, or a HF folder",
+    )
+    add("--input", metavar="DIR", type=path_flag, help="with --from: the folder to read")
+    add(
+        "--output",
+        metavar="DIR",
+        type=path_flag,
+        help="the folder to write; with --from: a new workdir",
+    )
+    add("--dtype", metavar="DTYPE", help="with --to: of the weights, see below")
     add(
         "--context_length",
         type=int,
@@ -66,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--text",
         metavar="FILE",
+        type=path_flag,
         help="with --to: compare on this text (default: the reference of the Python language, "
         "which comes with Python)",
     )

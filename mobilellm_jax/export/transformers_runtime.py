@@ -10,6 +10,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.huggingface.config import AUTO_MAP, COMPACT_TYPE
 from mobilellm_jax.huggingface.folder import remote_code
 from mobilellm_jax.machine.extras import import_extra
+from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.storage.untrusted import read_json, safe_child
 
 
@@ -29,7 +30,7 @@ class TransformersRuntime:
         self._torch = import_extra("torch", "torch")
         transformers = import_extra("transformers", "torch")
         self.name = f"transformers {transformers.__version__}"
-        self._folder = Path(path)
+        self._folder = local_path(path)
         self.has_tokenizer = (self._folder / "tokenizer.json").exists()
         self._tokenizer = None
         self._options = {"local_files_only": True, "trust_remote_code": _has_our_code(self._folder)}

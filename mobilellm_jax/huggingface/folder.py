@@ -26,6 +26,7 @@ from mobilellm_jax.huggingface.safetensors_io import DTYPES, WeightFiles, write_
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model_bundle import ModelBundle, read_record
 from mobilellm_jax.storage.exports import OWN_KEY, new_export, verify_checksums
+from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.storage.untrusted import encode_json, read_json, safe_child
 from mobilellm_jax.tokenizers import huggingface_json
 from mobilellm_jax.tokenizers.files import read_tokenizer
@@ -234,7 +235,7 @@ def _open_weights(folder: Path) -> WeightFiles:
 
 
 def _checked_folder(path: str | Path) -> Path:
-    folder = Path(path)
+    folder = local_path(path)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; pass a folder with config.json and weights")
     return folder

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.paths import path_flag
 
 _EPILOG = """\
 examples:
@@ -20,16 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="DIR",
+        type=path_flag,
         help="a run's workdir, one of its steps, or a Hugging Face folder",
     )
     add("--prompt", action="append", metavar="TEXT", help="give it again for several at once")
-    add("--prompt_file", metavar="FILE", help="one prompt: the text of this file")
+    add("--prompt_file", metavar="FILE", type=path_flag, help="one prompt: the text of this file")
     add("--max_tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
     add("--top_k", type=int, default=0, metavar="K", help="default: all tokens")
     add("--top_p", type=float, default=1.0, metavar="P", help="default: all tokens")
     add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    add("--tokenizer", metavar="FILE", help="for a folder without tokenizer.model")
+    add("--tokenizer", metavar="FILE", type=path_flag, help="for a folder without tokenizer.model")
 
 
 def main(args: argparse.Namespace) -> None:

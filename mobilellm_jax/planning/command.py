@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.paths import path_flag
 
 _EPILOG = """\
 The training step of the config is compiled for the hardware by its real compiler, on this machine,
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `plan`; overrides of the config are taken by the command line as they are."""
     parser.epilog = _EPILOG
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="a file as in configs/")
+    add("--config", required=True, metavar="FILE", type=path_flag, help="a file as in configs/")
     add("--topology", required=True, metavar="NAME", help="the hardware, as listed below")
     add("--sequence_length", type=int, metavar="T", help="default: the model's max_seq_len")
     add(
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--tokens", type=float, default=1e12, metavar="N", help="of the whole run (default: 1e12)")
     add("--price", type=float, metavar="P", help="of a chip for an hour, in any currency")
-    add("--output", metavar="DIR", help="for plan.json, plan.md and plan.png")
+    add("--output", metavar="DIR", type=path_flag, help="for plan.json, plan.md and plan.png")
     add("--config.KEY=VALUE", dest="_", action="store_true", help="change one value of the config")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.atomic import atomic_folder
 from mobilellm_jax.storage.hashing import sha256_file
+from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.storage.untrusted import read_json, safe_child
 
 CHECKSUMS = "SHA256SUMS"  # in the form that `sha256sum -c` reads
@@ -24,7 +25,7 @@ def new_export(path: str | Path) -> Iterator[Path]:
     Raises:
       UserError: `path` holds something that is no earlier export, or cannot be written.
     """
-    target = Path(os.path.abspath(path))
+    target = Path(os.path.abspath(local_path(path)))
     replace = _is_replaceable(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

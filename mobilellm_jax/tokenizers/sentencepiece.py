@@ -15,6 +15,7 @@ import sentencepiece
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.atomic import write_file
+from mobilellm_jax.storage.paths import local_path
 
 MODEL_FILE = "tokenizer.model"
 MAX_SAMPLE_BYTES = 20_000_000
@@ -53,7 +54,7 @@ class SentencePieceTokenizer:
     def load(cls, path: str | Path) -> "SentencePieceTokenizer":
         """Reads a ``tokenizer.model`` file; UserError if it is missing or something else."""
         try:
-            model_bytes = Path(path).read_bytes()
+            model_bytes = local_path(path).read_bytes()
         except OSError as error:
             raise UserError(
                 f"{path}: cannot read the tokenizer ({error.strerror}); pass the path of a "
@@ -130,7 +131,7 @@ def train_tokenizer(
       UserError: no text, or a ``vocab_size`` that is too small or too large for the text; the
         message has the nearest possible value.
     """
-    output_path = Path(output_path)
+    output_path = local_path(output_path)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

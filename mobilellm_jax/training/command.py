@@ -3,6 +3,7 @@
 import argparse
 
 from mobilellm_jax.machine import process_flags
+from mobilellm_jax.storage.paths import path_flag
 
 _EPILOG = """\
 Any key of the config can be set on top of the file's values as --config.KEY=VALUE. All keys, with
@@ -23,9 +24,15 @@ example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `train`; overrides of the config are taken by the command line as they are."""
     parser.epilog = _EPILOG
-    parser.add_argument("--config", required=True, metavar="FILE", help="a file as in configs/")
     parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="for checkpoints, metrics and the plot"
+        "--config", required=True, metavar="FILE", type=path_flag, help="a file as in configs/"
+    )
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        metavar="DIR",
+        type=path_flag,
+        help="for checkpoints, metrics and the plot",
     )
     parser.add_argument(
         "--config.KEY=VALUE", dest="_", action="store_true", help="change one value of the config"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.machine import process_flags
+from mobilellm_jax.storage.paths import path_flag
 
 _EPILOG = """\
 Takes the flags of `mobilellm train` and, with several processes, is started like it. Nothing is
@@ -41,8 +42,12 @@ class Finding:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `doctor`: those of `train`."""
     parser.epilog = _EPILOG
-    parser.add_argument("--config", required=True, metavar="FILE", help="a file as in configs/")
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="of the run to come")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", type=path_flag, help="a file as in configs/"
+    )
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", type=path_flag, help="of the run to come"
+    )
     parser.add_argument(
         "--config.KEY=VALUE", dest="_", action="store_true", help="change one value of the config"
     )

@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 
 from mobilellm_jax.storage.atomic import write_file
+from mobilellm_jax.storage.paths import local_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +61,7 @@ class MetricsLog:
         tokens_per_epoch: int | None = None,
         enabled: bool = True,
     ):
-        self._workdir = Path(workdir)
+        self._workdir = local_path(workdir)
         self._total_steps = total_steps
         self._tokens_per_step = tokens_per_step
         self._mfu_per_rate = flops_per_token / peak_flops_total
@@ -168,7 +169,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
 
     Values that were not finite come back as NaN. A line torn by a kill is left out.
     """
-    path = Path(workdir) / METRICS_FILE
+    path = local_path(workdir) / METRICS_FILE
     if not path.exists():
         return []
     records = []
@@ -180,7 +181,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
 
 def plot_loss(workdir: str | os.PathLike) -> None:
     """Draws `loss.png` in `workdir` from its `metrics.jsonl`; a failure is a warning only."""
-    path = Path(workdir) / PLOT_FILE
+    path = local_path(workdir) / PLOT_FILE
     part = path.with_name(PLOT_FILE + ".part")
     try:
         figure = _draw(read_metrics(workdir), title=Path(workdir).resolve().name)

@@ -18,6 +18,7 @@ from ml_collections import config_flags
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.presets import PRESETS
+from mobilellm_jax.storage.paths import local_path
 
 
 def default_config(preset: str = "125m") -> ml_collections.ConfigDict:
@@ -107,7 +108,7 @@ def load_config(path: str, overrides: list[str] = ()) -> ml_collections.ConfigDi
       UserError: no such file, an error inside it, or a key or a type that does not exist.
     """
     file = path.partition(":")[0]
-    if not Path(file).is_file():
+    if not local_path(file).is_file():
         shipped = sorted(p.name for p in Path("configs").glob("*.py"))
         hint = f"; configs/ has {', '.join(shipped)}" if shipped else ""
         raise UserError(f"--config={path}: no such file{hint}")

@@ -12,6 +12,7 @@ from mobilellm_jax.data.dataset import Dataset
 from mobilellm_jax.data.loader import RecordSource, check_mixture
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.storage.paths import local_path
 
 
 class RunData:
@@ -129,6 +130,10 @@ def parse_mixture(path: str) -> list[tuple[str, float]]:
     pairs = []
     for part in path.split(","):
         folder, _, weight = part.partition("=")
+        try:
+            local_path(folder)
+        except UserError as error:
+            raise UserError(f"config.data.path: {error}") from error
         try:
             pairs.append((folder, float(weight or 1)))
         except ValueError as error:

@@ -20,6 +20,7 @@ from mobilellm_jax.machine.hardware import peak_flops
 from mobilellm_jax.machine.signals import StopRequest, stop_signals
 from mobilellm_jax.model.costs import count_params, train_flops_per_token
 from mobilellm_jax.storage.atomic import lock_folder, write_file
+from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.training import run_config
 from mobilellm_jax.training.failures import Diverged, finite_metrics, memory_errors
 from mobilellm_jax.training.metrics import MetricsLog
@@ -57,7 +58,7 @@ def train(config: ConfigDict, workdir: str | Path, peers: RunCoordination | None
       UserError: settings that contradict each other, the data or the workdir's checkpoints.
       Diverged: NaN or Inf; nothing of it is saved.
     """
-    workdir = Path(workdir)
+    workdir = local_path(workdir)
     peers = peers or RunCoordination()
     run = _Run(config, workdir, peers)
     settings = config.checkpoint

@@ -1,0 +1,46 @@
+"""Paths as users give them: of this machine's file systems, never URLs of object stores."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from mobilellm_jax.errors import UserError
+
+# Two letters or more, because C:/ is a drive; one slash, because Path("gs://a") is gs:/a.
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+_FIXES = {
+    "hf": "`prepare` reads a dataset of the Hugging Face Hub as hf:NAME; download anything else",
+    "http": "download it first",
+    "https": "download it first",
+}
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """The path, unless it is a URL such as gs://BUCKET/NAME, of which `Path` makes a local folder.
+
+    Every function that users call with a path begins with it.
+
+    Raises:
+      UserError: a URL, whatever its scheme.
+    """
+    text = os.fspath(path)
+    if not (match := _SCHEME.match(text)):
+        return Path(text)
+    if (scheme := match[1].lower()) == "file":
+        raise UserError(f"{text}: use the plain path, {unquote(urlsplit(text).path)}")
+    fix = _FIXES.get(scheme, "use a local one, and copy it from or to there by yourself")
+    raise UserError(
+        f"{text}: only local files and folders are supported, not {scheme}://; {fix} (a local "
+        f"folder of that name is ./{match[1]}:/)"
+    )
+
+
+def path_flag(value: str) -> str:
+    """`type` of every flag that takes a path: shows `local_path`'s error with the flag's name."""
+    try:
+        local_path(value)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return value
