@@ -48,7 +48,7 @@ def test_wsd_decays_after_a_warmup_that_reaches_into_the_decay():
 
 
 def test_bad_schedules_are_refused():
-    with pytest.raises(UserError, match="schedule = 'linear': use 'cosine' or 'wsd'"):
+    with pytest.raises(UserError, match="schedule = 'linear': use one of cosine, wsd"):
         learning_rate_schedule(settings(schedule="linear"), 100)
     with pytest.raises(UserError, match="warmup_steps = 10 leaves nothing of .*num_steps = 10"):
         learning_rate_schedule(settings(), 10)

@@ -222,7 +222,7 @@ def test_a_workdir_of_another_run_is_refused(home, overrides, message):
         (["--config.model.vocab_size=400"], "300 pieces, but config.model.vocab_size = 400"),
         (["--config.model.max_seq_len=16"], "sequences of 32 tokens"),
         (["--config.optimizer.warmup_steps=12"], "warmup_steps = 12 leaves nothing"),
-        (["--config.optimizer.pek_lr=1"], 'Did you mean "peak_lr"'),
+        (["--config.optimizer.pek_lr=1"], r"did you mean --config.optimizer.peak_lr\?"),
         (["--config.data.path=nowhere=a"], "has no number behind '='"),
         (["--config.mesh.data=3"], "does not multiply to the 1 devices"),
     ],

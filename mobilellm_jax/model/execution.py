@@ -13,6 +13,7 @@ from mobilellm_jax.model.attention_kernels import (
 )
 from mobilellm_jax.model.config import ModelConfig
 
+DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -45,7 +46,7 @@ class Execution:
 
     def __post_init__(self):
         for name, choices in (
-            ("dtype", ("float32", "bfloat16")),
+            ("dtype", DTYPES),
             ("remat", tuple(REMAT_POLICIES)),
             ("attention", ATTENTION_KINDS),
         ):

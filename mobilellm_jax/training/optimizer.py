@@ -13,6 +13,8 @@ from mobilellm_jax.errors import UserError
 if TYPE_CHECKING:  # benchmarks use the optimizer where ml_collections is not installed
     from ml_collections import ConfigDict
 
+SCHEDULES = ("cosine", "wsd")
+
 
 def learning_rate_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
     """The learning rate of update number 0, 1, ...
@@ -47,7 +49,8 @@ def learning_rate_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule
             ],
             [warmup, stable_until],
         )
-    raise UserError(f"config.optimizer.schedule = {config.schedule!r}: use 'cosine' or 'wsd'")
+    choices = ", ".join(SCHEDULES)
+    raise UserError(f"config.optimizer.schedule = {config.schedule!r}: use one of {choices}")
 
 
 def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
