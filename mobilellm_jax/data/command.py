@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--document_separator",
         type=_unescaped,
-        metavar="STRING",
+        metavar="TEXT",
         help="what stands between the documents of plain-text files, in a line of its own or not; "
         "\\n, \\t and the like as in Python (default: a file is one document)",
     )
