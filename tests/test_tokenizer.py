@@ -93,6 +93,42 @@ def test_long_lines_of_wide_characters_are_not_dropped_from_the_sample(tmp_path)
     assert len(tokenizer.encode("😀🐈")) <= 3  # their bytes would be 8
 
 
+@pytest.mark.parametrize("mark", ["\u2585", "\u2581\u2582\u2583\u2585\u2587 "])
+def test_lines_with_the_reserved_sign_train_as_without_it(tmp_path, mark):
+    marked = "\n".join(mark + line for line in CODE.split("\n"))
+    with_sign, without = (
+        train_tokenizer([text], 300, tmp_path / "t.model")
+        for text in (marked, marked.replace("\u2585", ""))
+    )
+    assert with_sign.sha256 == without.sha256
+    assert len(with_sign.encode("return")) <= 4  # of its six letters and the space before
+    # U+2581 is SentencePiece's own sign for a space.
+    assert with_sign.decode(with_sign.encode(marked)) == marked.replace("\u2581", " ")
+
+
+def test_no_character_makes_sentencepiece_drop_its_line(tmp_path):
+    """Of the characters that have a meaning to SentencePiece or to other programs."""
+    for (
+        sign
+    ) in "\0\t\r\v\f\x1a\x1c\x85\xa0\xad\u2028\u2029\u200b\u2047\u2581\ufdd0\ufeff\ufffd\uffff":
+        lines = [PROSE * 3, *[f"zebraquagga{sign}zebraquagga"] * 50]
+        tokenizer = train_tokenizer(["\n".join(lines)], 310, tmp_path / "t.model")
+        assert len(tokenizer.encode("zebraquagga")) <= 3, hex(ord(sign))
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("a.jsonl, line 2"), OSError(28, "full"), RuntimeError("x"), SystemExit(143)]
+)
+def test_an_error_of_the_text_is_not_blamed_on_the_vocabulary(tmp_path, error):
+    def documents():
+        yield PROSE
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        train_tokenizer(documents(), 300, tmp_path / "t.model")
+    assert raised.value is error and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("documents", "vocab_size", "message"),
     [

@@ -19,8 +19,10 @@ from mobilellm_jax.storage.paths import local_path
 
 MODEL_FILE = "tokenizer.model"
 MAX_SAMPLE_BYTES = 20_000_000
-# SentencePiece silently skips training sentences longer than this (its max_sentence_length).
+# SentencePiece silently skips training sentences that are longer than its max_sentence_length, or
+# that have its sign for what is unknown (trainer_interface.cc, LoadSentences).
 _MAX_LINE_BYTES = 4192
+_UNKNOWN_SIGN = "\u2585"
 
 
 class SentencePieceTokenizer:
@@ -33,15 +35,15 @@ class SentencePieceTokenizer:
     def __init__(self, model_bytes: bytes, name: str = "tokenizer"):
         """``name`` is the file that error messages mention; raises UserError for a bad model."""
         problem = f"{name}: not a SentencePiece model ({len(model_bytes)} bytes)"
-        mend = "; pass a tokenizer.model file, or train one with --vocab_size"
+        fix = "; pass a tokenizer.model file, or train one with --vocab_size"
         if not model_bytes:  # SentencePiece accepts an empty model and fails on first use
-            raise UserError(problem + mend)
+            raise UserError(problem + fix)
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
         except (RuntimeError, UnicodeDecodeError) as error:
-            raise UserError(problem + mend) from error
+            raise UserError(problem + fix) from error
         if processor.vocab_size() == 0:
-            raise UserError(problem + mend)
+            raise UserError(problem + fix)
         self.model_bytes = model_bytes
         self.files = {MODEL_FILE: model_bytes}
         self.sha256 = hashlib.sha256(model_bytes).hexdigest()
@@ -125,17 +127,29 @@ def train_tokenizer(
     LLaMA's settings: BPE with byte fallback, text left as it is (identity normalisation, no space
     removed, runs of spaces may become pieces), digits split, a space put before the text, unk 0,
     BOS 1, EOS 2, no padding id. A newline is one piece, the byte <0x0A>, as in LLaMA.
-    Deterministic: the same documents give the same bytes.
+    Deterministic: the same documents give the same bytes. U+2585, which SentencePiece keeps for
+    itself, is left out of the text; the tokenizer has its bytes.
 
     Raises:
       UserError: no text, or a ``vocab_size`` that is too small or too large for the text; the
         message has the nearest possible value.
+      Exception: whatever ``documents`` raises.
     """
     output_path = local_path(output_path)
     model = io.BytesIO()
+    interruption = None
+
+    def lines() -> Iterator[str]:
+        nonlocal interruption
+        try:
+            yield from _training_lines(documents, max_sample_bytes)
+        except BaseException as error:  # SentencePiece makes a RuntimeError of it
+            interruption = error
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_training_lines(documents, max_sample_bytes),
+            sentence_iterator=lines(),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -155,6 +169,8 @@ def train_tokenizer(
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        if interruption is not None:
+            raise interruption from None
         raise _training_error(error, vocab_size) from error
     tokenizer = SentencePieceTokenizer(model.getvalue(), str(output_path))
     write_file(output_path, tokenizer.model_bytes)
@@ -162,10 +178,10 @@ def train_tokenizer(
 
 
 def _training_lines(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
-    """Lines of the documents; long ones in pieces, as SentencePiece would drop them."""
+    """Lines of the documents, without what would make SentencePiece drop them."""
     num_bytes = 0
     for document in documents:
-        for line in document.split("\n"):
+        for line in document.replace(_UNKNOWN_SIGN, "").split("\n"):
             # A character has at most 4 bytes.
             for start in range(0, len(line), _MAX_LINE_BYTES // 4):
                 piece = line[start : start + _MAX_LINE_BYTES // 4]
@@ -176,7 +192,7 @@ def _training_lines(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
 
 
 def _training_error(error: Exception, vocab_size: int) -> UserError:
-    """SentencePiece's message, said with the mend."""
+    """SentencePiece's message, said with the fix."""
     message = str(error)
     if limit := re.search(r"set it to a value <= (\d+)", message):
         return UserError(
