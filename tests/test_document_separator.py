@@ -47,7 +47,7 @@ def test_a_separator_in_a_line_of_its_own_ends_documents(tmp_path, model, name, 
         ("a\r\n\r\nb\r\nc\r\n\r\nd\r\n", "\n\n", ["a", "b\r\nc", "d"]),
         ("\ufeff\n\na\n\nb", "\n\n", ["", "a", "b"]),  # what a byte order mark leaves is dropped
         ("one\ntwo\r\n\nthree", "\n", ["one", "two", "three"]),
-        ("a\0b\0", "\0", ["a", "b"]),
+        ("one\0two\0", "\0", ["one", "two"]),
         ("ééßéé\n", "ß", ["éé", "éé"]),
         ("  indented\n===\n \n===\nlast", "===", ["  indented", "last"]),
     ],

@@ -11,6 +11,7 @@ import pytest
 
 import mobilellm_jax
 from mobilellm_jax import cli
+from mobilellm_jax.data.rows import BadRow
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.training.failures import Diverged
@@ -85,7 +86,7 @@ EXEMPT = {
 }
 
 
-EXCEPTIONS = {UserError, Diverged}
+EXCEPTIONS = {UserError, BadRow, Diverged}
 
 
 def public_functions():

@@ -265,7 +265,9 @@ def test_the_sample_for_the_tokenizer_has_of_each_input_its_share(tmp_path, monk
     monkeypatch.setattr(prepare, "MAX_SAMPLE_BYTES", 8000)
     for letter, count in (("a", 300), ("b", 100)):
         write_lines(tmp_path / f"{letter}.jsonl", [letter * 100] * count)
-    settings = types.SimpleNamespace(field="text", split_field=None, document_separator=None)
+    settings = types.SimpleNamespace(
+        field="text", split_field=None, document_separator=None, skip_bad=0
+    )
     sample = list(prepare._training_sample(sources.find_sources([tmp_path]), settings))
     assert sample == ["a" * 100] * 60 + ["b" * 100] * 20
 

@@ -1,11 +1,14 @@
 """Sources: every format, every bad input with its place."""
 
 import bz2
+import contextlib
 import gzip
 import hashlib
 import io
 import json
 import lzma
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -100,11 +103,6 @@ def test_the_usual_words_for_a_split_are_known(tmp_path, word, split):
     assert document.split == split
 
 
-def test_half_a_surrogate_pair_in_json_becomes_a_replacement_character(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83d b"}')
-    assert [document.text for document in sources.iter_documents([tmp_path])] == ["a\ufffd b"]
-
-
 # Bad inputs ---------------------------------------------------------------------------------------
 
 
@@ -124,6 +122,19 @@ def test_half_a_surrogate_pair_in_json_becomes_a_replacement_character(tmp_path)
         ("a.jsonl", b'{"text": "a"}\n["a"]', "line 2: expected an object"),
         ("a.jsonl", b'{"body": "a", "id": 1}', "line 1: no field 'text'; it has 'body', 'id'"),
         ("a.jsonl", b'{"text": 5}', "line 1: field 'text' is 5, which is not text"),
+        (
+            "a.jsonl",
+            rb'{"text": "a\ud83d b"}',
+            r"line 1: \\ud83d at character 1 of field 'text' is half",
+        ),
+        ("a.jsonl", b'{"text": "a", "text": "b"}', "line 1: .*the key 'text' is given twice"),
+        ("a.txt", "abc\n".encode("utf-16"), "a.txt: is text in UTF-16, .*iconv -f UTF-16 -t UTF-8"),
+        ("a.txt", "abc\n".encode("utf-16-le"), "a.txt: is text in UTF-16LE"),
+        ("a.txt", "abc\n".encode("utf-16-be"), "a.txt: is text in UTF-16BE"),
+        ("a.txt", "abc\n".encode("utf-32"), "a.txt: is text in UTF-32"),
+        ("a.jsonl", _LINES.decode().encode("utf-16"), "a.jsonl: is text in UTF-16"),
+        ("a.jsonl.gz", gzip.compress(_LINES.decode().encode("utf-16-le")), "is text in UTF-16LE"),
+        ("a" * 300, None, "a: File name too long"),
         ("a.jsonl", b'{"text": null}', "line 1: field 'text' is None"),
         ("a.parquet", b"PAR1 nothing", "a.parquet: damaged or not a Parquet file"),
         ("a.png", None, "no such file"),
@@ -136,6 +147,16 @@ def test_a_bad_input_is_named_with_its_place(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         list(sources.iter_documents([tmp_path / name]))
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/null", "fifo.txt", "socket.txt"])
+def test_what_is_no_file_is_named_and_not_read(tmp_path, name):
+    os.mkfifo(tmp_path / "fifo.txt")
+    with socket.socket(socket.AF_UNIX) as unix, contextlib.chdir(tmp_path):
+        unix.bind("socket.txt")
+        kind = {"f": "a pipe", "s": "a socket"}.get(name[0], "a character device")
+        with pytest.raises(UserError, match=f"{name}: is {kind}, not a file.*to a file"):
+            sources.find_sources([name])
 
 
 def test_an_input_that_is_listed_twice_by_two_names_is_refused(tmp_path):

@@ -108,9 +108,11 @@ def test_lines_with_the_reserved_sign_train_as_without_it(tmp_path, mark):
 
 def test_no_character_makes_sentencepiece_drop_its_line(tmp_path):
     """Of the characters that have a meaning to SentencePiece or to other programs."""
-    for (
-        sign
-    ) in "\0\t\r\v\f\x1a\x1c\x85\xa0\xad\u2028\u2029\u200b\u2047\u2581\ufdd0\ufeff\ufffd\uffff":
+    controls, others = (
+        "\0\t\r\v\f\x1a\x1c\x85\xa0\xad",
+        "\u2028\u2029\u200b\u2047\u2581\ufdd0\ufeff\ufffd\uffff",
+    )
+    for sign in controls + others:
         lines = [PROSE * 3, *[f"zebraquagga{sign}zebraquagga"] * 50]
         tokenizer = train_tokenizer(["\n".join(lines)], 310, tmp_path / "t.model")
         assert len(tokenizer.encode("zebraquagga")) <= 3, hex(ord(sign))
@@ -158,6 +160,11 @@ def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match="some.model.*--vocab_size"):
         SentencePieceTokenizer.load(path)
+
+
+def test_a_device_is_no_tokenizer():
+    with pytest.raises(UserError, match="/dev/zero: is a device"):
+        SentencePieceTokenizer.load("/dev/zero")
 
 
 @pytest.mark.parametrize("ids", [[-1], [330]])

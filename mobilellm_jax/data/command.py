@@ -65,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "\\n, \\t and the like as in Python (default: a file is one document)",
     )
     add(
+        "--skip_bad",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out up to N bad rows of JSON lines, Parquet and hf: (default: none may be bad)",
+    )
+    add(
         "--valid_fraction",
         type=float,
         default=0.0,
@@ -98,6 +105,7 @@ def main(args: argparse.Namespace) -> None:
         field=args.field,
         split_field=args.split_field,
         keep_test=args.keep_test,
+        skip_bad=args.skip_bad,
         document_separator=args.document_separator,
         valid_fraction=args.valid_fraction,
         bos=args.bos,

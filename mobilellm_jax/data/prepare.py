@@ -17,6 +17,7 @@ from mobilellm_jax.data.packing import SplitWriter
 from mobilellm_jax.data.progress import ProgressBar
 from mobilellm_jax.data.records import HEADER_FILE, SPLITS, DatasetHeader, SourceFile
 from mobilellm_jax.data.report import Report, warn_of_held_out
+from mobilellm_jax.data.rows import BadRow, SkippedRows
 from mobilellm_jax.data.settings import PrepareSettings
 from mobilellm_jax.data.sources import Source, find_sources
 from mobilellm_jax.data.splits import split_documents
@@ -41,6 +42,7 @@ def prepare(
     split_field: str | None = None,
     keep_test: bool = False,
     document_separator: str | None = None,
+    skip_bad: int = 0,
     valid_fraction: float = 0.0,
     bos: bool = True,
     eos: bool = True,
@@ -61,6 +63,9 @@ def prepare(
     hash of their content, so copies of a document land on the same side; of a plain-text file that
     is one document, and larger than 1 MB or the only input, it takes the end instead. Lines with
     official MobileLLM ``token_ids`` become one record each.
+
+    A bad row of JSON lines, Parquet or a Hugging Face dataset is an error, but for the first
+    ``skip_bad`` of them all, which are left out with a warning.
 
     The result does not depend on ``num_workers`` (default: all cores). It is written to
     ``OUTPUT.partial`` and renamed when complete; an ``output`` that is already there from the same
@@ -83,6 +88,7 @@ def prepare(
         records_per_shard=records_per_shard,
         document_separator=document_separator,
         keep_test=None if split_field is None and not keep_test else keep_test,
+        skip_bad=skip_bad,
     )
     sources = find_sources([*inputs, *valid_inputs])
     if not sources:
@@ -140,7 +146,7 @@ def _write(
         )
         for split in SPLITS
     }
-    report = Report(sources)
+    report = Report(sources, settings.skip_bad)
     with ProgressBar(sources, enabled=progress) as bar:
         encoded = encode_in_order(
             _checked_documents(sources, settings, tokenizer.vocab_size, report),
@@ -183,25 +189,29 @@ def _checked_documents(
     sources: list[Source], settings: PrepareSettings, vocab_size: int, report: Report
 ) -> Iterator[Document]:
     """The documents to write, with their splits; UserError for ids that cannot be a record."""
-    for document in split_documents(sources, settings):
+    for document in split_documents(sources, settings, report.skipped):
         if document.split == "test":
             report.leave_out(document)
             continue
-        if document.token_ids is not None:
-            _check_line(document, settings.sequence_length, vocab_size)
+        try:
+            if document.token_ids is not None:
+                _check_line(document, settings.sequence_length, vocab_size)
+        except BadRow as error:
+            report.skipped.add(error)
+            continue
         yield document
 
 
 def _check_line(document: Document, sequence_length: int, vocab_size: int) -> None:
     ids = document.token_ids
     if len(ids) not in (sequence_length, sequence_length + 1):
-        raise UserError(
+        raise BadRow(
             f"{document.where}: {len(ids)} token_ids, but --sequence_length is {sequence_length}; "
             f"pass --sequence_length {len(ids)}"
         )
     if min(ids) < 0 or max(ids) >= vocab_size:
         position = next(i for i, value in enumerate(ids) if not 0 <= value < vocab_size)
-        raise UserError(
+        raise BadRow(
             f"{document.where}: token_ids[{position}] is {ids[position]}, outside of the "
             f"tokenizer's [0, {vocab_size}); use the tokenizer that made this file"
         )
@@ -210,11 +220,12 @@ def _check_line(document: Document, sequence_length: int, vocab_size: int) -> No
 def _training_sample(sources: list[Source], settings: PrepareSettings) -> Iterator[str]:
     """Training text for the tokenizer: the head of every input, in proportion to its size."""
     total = sum(source.size or 0 for source in sources)
+    skipped = SkippedRows(settings.skip_bad)  # those of `_write` are counted and shown
     for source in sources:
         share = 1 / len(sources) if source.size is None else source.size / total
         taken = 0
         for document in source.documents(
-            settings.field, settings.split_field, settings.document_separator
+            settings.field, settings.split_field, settings.document_separator, skipped=skipped
         ):
             if document.text and document.split in ("train", None):
                 taken += len(document.text)
@@ -265,7 +276,7 @@ def _finished(
         raise UserError(f"{error} (remove {output} first)") from error
     fix = f"; name another --output, or remove {output}"
     # How the datasets were made that do not record these settings.
-    earlier = {"keep_test": None if settings.split_field is None else True}
+    earlier = {"keep_test": None if settings.split_field is None else True, "skip_bad": 0}
     for name, value in dataclasses.asdict(settings).items():
         before = header.settings.get(name, earlier.get(name))
         if before != value:

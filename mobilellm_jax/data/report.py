@@ -4,6 +4,7 @@ import logging
 import re
 
 from mobilellm_jax.data.documents import Document
+from mobilellm_jax.data.rows import SkippedRows
 from mobilellm_jax.data.settings import PrepareSettings
 from mobilellm_jax.data.sources import Source
 from mobilellm_jax.tables import table
@@ -31,9 +32,14 @@ def warn_of_held_out(sources: list[Source]) -> None:
 
 
 class Report:
-    """Counts the documents and tokens of each input as they pass by."""
+    """Counts the documents and tokens of each input as they pass by.
 
-    def __init__(self, sources: list[Source]):
+    Attributes:
+      skipped: the bad rows.
+    """
+
+    def __init__(self, sources: list[Source], skip_bad: int):
+        self.skipped = SkippedRows(skip_bad)
         self._sources = sources
         # Path -> split -> documents, tokens.
         self._counts = {s.path: {"train": [0, 0], "valid": [0, 0]} for s in sources}
@@ -79,6 +85,14 @@ class Report:
 
     def warn(self, settings: PrepareSettings) -> None:
         """Warns of rows left out, of separators read as text, and of one that is not there."""
+        if self.skipped.count:
+            logging.warning(
+                "left out %s bad rows (of at most %s):%s",
+                f"{self.skipped.count:,}",
+                f"{self.skipped.limit:,}",
+                "".join(f"\n  {text}" for text in self.skipped.first)
+                + ("\n  ..." if self.skipped.count > len(self.skipped.first) else ""),
+            )
         if self._num_test_rows:
             logging.warning(
                 "left out %s rows whose %s is 'test'; --keep_test holds them out as 'valid'",

@@ -1,11 +1,11 @@
 """Rows of JSON lines, Parquet files and Hugging Face datasets, and the documents in them."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from mobilellm_jax.data.documents import BLOCK_BYTES, Document, cut
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.untrusted import strict_json
 
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -14,23 +14,64 @@ _SPLITS = {
 }
 
 
+class BadRow(UserError):
+    """One row that is not as it should be, in a file that can be read on."""
+
+
+class SkippedRows:
+    """The bad rows that are left out, of which there may be so many.
+
+    Attributes:
+      limit: how many may be left out.
+      count: how many have been.
+      first: what is wrong with the first few.
+    """
+
+    def __init__(self, limit: int = 0):
+        self.limit = limit
+        self.count = 0
+        self.first: list[str] = []
+
+    def add(self, error: BadRow) -> None:
+        """Leaves a row out; raises UserError, with what is wrong in it, if it is one too many."""
+        self.count += 1
+        if self.count > self.limit:
+            hint = f"this is bad row {self.count}, and --skip_bad is {self.limit}"
+            if self.limit == 0:
+                hint = "--skip_bad N leaves out up to N bad rows"
+            raise UserError(f"{error}; {hint}") from error
+        if self.count <= 5:
+            self.first.append(str(error))
+
+
 def row_documents(
-    path: str, rows: Iterable[tuple[int, Any]], field: str, split_field: str | None
+    path: str,
+    rows: Iterable[tuple[str, int, Any]],
+    field: str,
+    split_field: str | None,
+    skipped: SkippedRows,
 ) -> Iterator[Document]:
     """The documents of rows, each in blocks.
 
     Args:
       path: the input, for messages.
-      rows: (number from 1, value) of each.
+      rows: (its place, number from 1, value) of each; the value of a row that cannot be read is a
+        BadRow.
       field: key of the text.
       split_field: key that says 'train', 'valid' or 'test'.
+      skipped: gets the bad rows.
 
     Raises:
-      UserError: a row that is not as described.
+      UserError: one bad row too many.
     """
-    for line, row in rows:
-        where = f"{path}, line {line}"
-        text, token_ids, split = _read_row(where, row, field, split_field)
+    for where, line, row in rows:
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            text, token_ids, split = _read_row(where, row, field, split_field)
+        except BadRow as error:
+            skipped.add(error)
+            continue
         if text is None:
             yield Document(None, token_ids, split, path, line)
         else:
@@ -42,7 +83,7 @@ def _read_row(
 ) -> tuple[str | None, list[int] | None, str | None]:
     """Text or token ids, and the split."""
     if not isinstance(row, dict):
-        raise UserError(
+        raise BadRow(
             f'{where}: expected an object such as {{"{field}": "..."}}, found {_short(row)}; write '
             "one JSON object per line"
         )
@@ -50,17 +91,25 @@ def _read_row(
     if row.get(field) is None and row.get("token_ids") is not None:
         return None, _check_ids(where, row["token_ids"]), split
     if field not in row:
-        raise UserError(
+        raise BadRow(
             f"{where}: no field {field!r}; it has {', '.join(map(repr, row)) or 'none at all'}; "
             "name the one with the text by --field"
         )
     text = row[field]
     if not isinstance(text, str):
-        raise UserError(
+        raise BadRow(
             f"{where}: field {field!r} is {_short(text)}, which is not text; name another field by "
             "--field, or fix the line"
         )
-    return _without_surrogates(text), None, split
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise BadRow(
+            f"{where}: {half} at character {error.start} of field {field!r} is half of a surrogate "
+            "pair, which is no character; remove it"
+        ) from None
+    return text, None, split
 
 
 def _blocks(text: str, split: str | None, path: str, line: int) -> Iterator[Document]:
@@ -74,20 +123,20 @@ def _blocks(text: str, split: str | None, path: str, line: int) -> Iterator[Docu
     yield Document(text[start:], None, split, path, line, first, True)
 
 
-def json_rows(path: str, chunks: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
-    """(line from 1, value) of each line of a file's bytes that is not blank."""
+def json_rows(path: str, chunks: Iterable[bytes]) -> Iterator[tuple[str, int, Any]]:
+    """(place, line from 1, value or BadRow) of each line of a file's bytes that is not blank."""
     for line, raw in enumerate(_lines(chunks), 1):
         if not raw.strip():
             continue
+        where = f"{path}, line {line}"
         try:
-            yield line, json.loads(raw)
+            row = strict_json(raw)
         except (ValueError, RecursionError) as error:
             fix = "write one JSON object per line"
             if line == 1 and raw.strip() in (b"[", b"{"):
                 fix = f"this is one pretty-printed JSON value; run: jq -c '.[]' {path}"
-            raise UserError(
-                f"{path}, line {line}: not valid JSON ({error}): {_short(raw)}; {fix}"
-            ) from error
+            row = BadRow(f"{where}: not valid JSON ({error}): {_short(raw)}; {fix}")
+        yield where, line, row
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -105,8 +154,8 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 def parquet_rows(
     path: str, field: str, split_field: str | None, note: Callable[[float], None]
-) -> Iterator[tuple[int, Any]]:
-    """(number from 1, row) of each row of a Parquet file; ``note`` hears which part is read."""
+) -> Iterator[tuple[str, int, Any]]:
+    """(place, number from 1, row or BadRow) of each row; ``note`` hears which part is read."""
     try:
         import pyarrow  # heavy, and only this format needs it
         import pyarrow.parquet
@@ -125,9 +174,12 @@ def parquet_rows(
                 columns = names[:20]  # for the message that lists them
             for group in range(file.num_row_groups):
                 for batch in file.iter_batches(256, row_groups=[group], columns=columns):
-                    for row in batch.to_pylist():
+                    for row in _batch_rows(batch):
                         line += 1
-                        yield line, row
+                        where = f"{path}, row {line}"
+                        if isinstance(row, ValueError):
+                            row = BadRow(f"{where}: cannot be read ({row}); write it as UTF-8")
+                        yield where, line, row
                 note((group + 1) / file.num_row_groups)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
@@ -135,8 +187,19 @@ def parquet_rows(
         ) from error
 
 
-def hf_rows(path: str, field: str, note: Callable[[bytes], None]) -> Iterator[tuple[int, Any]]:
-    """(number from 1, row) of a dataset ``hf:NAME...``; ``note`` gets the text of each."""
+def _batch_rows(batch: Any) -> list[dict[str, Any] | ValueError]:
+    """The rows of a pyarrow.RecordBatch; for one with bytes that are no UTF-8, what is wrong."""
+    try:
+        return batch.to_pylist()
+    except ValueError as error:
+        if batch.num_rows == 1:
+            return [error]
+        rows = range(batch.num_rows)
+        return [row for number in rows for row in _batch_rows(batch.slice(number, 1))]
+
+
+def hf_rows(path: str, field: str, note: Callable[[bytes], None]) -> Iterator[tuple[str, int, Any]]:
+    """(place, number from 1, row) of a dataset ``hf:NAME...``; ``note`` gets the text of each."""
     try:
         import datasets  # optional dependency
     except ImportError as error:
@@ -149,7 +212,7 @@ def hf_rows(path: str, field: str, note: Callable[[bytes], None]) -> Iterator[tu
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         for line, row in enumerate(rows, 1):
             note(str(row.get(field, "")).encode("utf-8", "replace"))
-            yield line, row
+            yield f"{path}, row {line}", line, row
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{path}: cannot read this dataset ({error}); write hf:NAME, hf:NAME:CONFIG or "
@@ -161,7 +224,7 @@ def _row_split(where: str, row: dict[str, Any], split_field: str) -> str:
     value = row.get(split_field)
     split = _SPLITS.get(value.lower()) if isinstance(value, str) else None
     if split is None:
-        raise UserError(
+        raise BadRow(
             f"{where}: split field {split_field!r} is {_short(value)}; it must be one of "
             f"{', '.join(_SPLITS)}"
         )
@@ -170,22 +233,13 @@ def _row_split(where: str, row: dict[str, Any], split_field: str) -> str:
 
 def _check_ids(where: str, ids: Any) -> list[int]:
     if not isinstance(ids, list) or not ids:
-        raise UserError(f"{where}: token_ids is {_short(ids)}; it must be a list of integers")
+        raise BadRow(f"{where}: token_ids is {_short(ids)}; it must be a list of integers")
     for position, value in enumerate(ids):
         if type(value) is not int:
-            raise UserError(
+            raise BadRow(
                 f"{where}: token_ids[{position}] is {_short(value)}; token ids are integers"
             )
     return ids
-
-
-def _without_surrogates(text: str) -> str:
-    """JSON can hold halves of surrogate pairs, which no encoding can: they become U+FFFD."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _short(value: Any) -> str:

@@ -24,6 +24,7 @@ class PrepareSettings:
     records_per_shard: int | None
     document_separator: str | None
     keep_test: bool | None  # None without a split_field
+    skip_bad: int
 
     def __post_init__(self):
         if (self.tokenizer_sha256 is None) == (self.vocab_size is None):
@@ -34,6 +35,8 @@ class PrepareSettings:
             raise UserError(
                 f"--valid_fraction {self.valid_fraction} must be at least 0 and less than 1"
             )
+        if self.skip_bad < 0:
+            raise UserError(f"--skip_bad {self.skip_bad} is a number of rows, at least 0")
         if self.keep_test and self.split_field is None:
             raise UserError("--keep_test is of rows that say their split; add --split_field FIELD")
         if self.document_separator == "":

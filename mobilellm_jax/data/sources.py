@@ -5,33 +5,46 @@ gzip, bzip2, xz or Zstandard, Parquet, and Hugging Face datasets (``hf:NAME[:CON
 Memory stays flat whatever the size of a file, and every complaint names the file and the line.
 """
 
+import codecs
 import glob
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mobilellm_jax.data.compression import COMPRESSIONS, decompressed
 from mobilellm_jax.data.documents import Document
 from mobilellm_jax.data.plain_text import one_document, separated_documents
-from mobilellm_jax.data.rows import hf_rows, json_rows, parquet_rows, row_documents
+from mobilellm_jax.data.rows import SkippedRows, hf_rows, json_rows, parquet_rows, row_documents
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.hashing import sha256_file
 from mobilellm_jax.storage.paths import local_path
 
 _JSON_LINES = (".jsonl", ".json", ".ndjson")
 _TEXT = (".txt", ".text", ".md")
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 def find_sources(inputs: Iterable[str | Path]) -> list["Source"]:
     """Every file that ``inputs`` (files, directories, patterns, ``hf:`` names) stand for, in order.
 
     Directories are searched recursively for the known kinds of file, sorted by path, hidden files
-    left out. Raises UserError for what is missing, empty, or listed twice.
+    left out. Raises UserError for what is missing, empty, no file, or listed twice.
     """
-    sources = [
-        Source(name, _found_part(name, str(item))) for item in inputs for name in _expand(str(item))
-    ]
+    sources = []
+    for item in map(str, inputs):
+        try:
+            sources += [Source(name, _found_part(name, item)) for name in _expand(item)]
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or item}: {error.strerror}; name another --input"
+            ) from error
     seen = set()
     for name in (source.path for source in sources):
         key = name if name.startswith("hf:") else Path(name).resolve()
@@ -78,7 +91,14 @@ class Source:
         self.kind = "jsonl" if suffix in _JSON_LINES else suffix[1:]
         if self.kind not in ("jsonl", "parquet"):
             self.kind = "text"
-        self.size = name.stat().st_size
+        status = name.stat()
+        if not stat.S_ISREG(status.st_mode):
+            kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+            raise UserError(
+                f"{path}: is {kind}, not a file, and prepare reads its inputs more than once; "
+                "write the text to a file (which may be compressed)"
+            )
+        self.size = status.st_size
         if not os.access(path, os.R_OK):
             raise UserError(f"{path}: no permission to read this file; change it with chmod")
         if self.size == 0:
@@ -97,6 +117,7 @@ class Source:
         split_field: str | None = None,
         separator: str | None = None,
         valid_tail: float = 0.0,
+        skipped: SkippedRows | None = None,
     ) -> Iterator[Document]:
         """Streams the documents; an object can be read once.
 
@@ -108,10 +129,12 @@ class Source:
             is a document.
           valid_tail: fraction of a plain-text file that is one document, at its end, that becomes a
             'valid' document.
+          skipped: gets the bad rows; without it, none may be bad.
 
         Raises:
           UserError: anything wrong with the file, with the line or byte and what to do.
         """
+        skipped = SkippedRows() if skipped is None else skipped
         if self.kind == "text" and separator is not None:
             return separated_documents(self.path, self._chunks(), separator)
         if self.kind == "text":
@@ -123,7 +146,7 @@ class Source:
             rows = parquet_rows(self.path, field, split_field, self._note_fraction)
         else:
             rows = hf_rows(self.path, field, self._note)
-        return row_documents(self.path, rows, field, split_field)
+        return row_documents(self.path, rows, field, split_field, skipped)
 
     def _note(self, raw: bytes) -> None:
         self.bytes_read += len(raw)
@@ -134,13 +157,35 @@ class Source:
 
     def _chunks(self) -> Iterator[bytes]:
         """The decompressed bytes; counts and hashes the raw ones on their way."""
-        return decompressed(self.path, self.compression, self._note)
+        chunks = decompressed(self.path, self.compression, self._note)
+        first = next(chunks, b"")
+        if encoding := _other_encoding(first):
+            raise UserError(
+                f"{self.path}: is text in {encoding}, not in UTF-8; convert it: iconv -f "
+                f"{encoding} -t UTF-8 OLD > NEW"
+            )
+        yield first
+        yield from chunks
 
     def _text_bytes(self) -> int:
         """Size of the text: of a compressed file by decompressing it once more."""
         if not self.compression:
             return self.size
         return sum(map(len, decompressed(self.path, self.compression, lambda raw: None)))
+
+
+def _other_encoding(head: bytes) -> str | None:
+    """Name of the encoding of a text that begins so, if it has units of two or four bytes."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    even, odd = head[0:1000:2], head[1:1000:2]
+    if b"\0" not in even and odd.count(0) > 0.7 * len(odd):
+        return "UTF-16LE"
+    if b"\0" not in odd and even.count(0) > 0.7 * len(even):
+        return "UTF-16BE"
+    return None
 
 
 def _expand(item: str) -> list[str]:

@@ -5,12 +5,15 @@ import hashlib
 from collections.abc import Iterator
 
 from mobilellm_jax.data.documents import BLOCK_BYTES, Document
+from mobilellm_jax.data.rows import SkippedRows
 from mobilellm_jax.data.settings import PrepareSettings
 from mobilellm_jax.data.sources import Source
 
 
-def split_documents(sources: list[Source], settings: PrepareSettings) -> Iterator[Document]:
-    """The documents of all inputs, each with its split.
+def split_documents(
+    sources: list[Source], settings: PrepareSettings, skipped: SkippedRows
+) -> Iterator[Document]:
+    """The documents of all inputs, each with its split; ``skipped`` gets the bad rows.
 
     What ``valid_fraction`` holds out is drawn by a hash of a document's content; where a long
     plain-text file is one document, or the only input is, its end is held out instead. The last
@@ -27,6 +30,7 @@ def split_documents(sources: list[Source], settings: PrepareSettings) -> Iterato
             settings.split_field,
             settings.document_separator,
             settings.valid_fraction if is_cut else 0.0,
+            skipped,
         ):
             if document.first and document.last and document.text == "":
                 continue
