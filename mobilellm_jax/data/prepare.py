@@ -109,6 +109,11 @@ def prepare(
 
 @contextlib.contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
+    if "=" in output.name or "," in str(output):
+        raise UserError(
+            f"{output}: config.data.path, 'DIR=0.7,DIR=0.3', could not name this --output; choose "
+            "a name without '=' and ','"
+        )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(
             f"{output}: exists and is not a dataset; name another --output, or remove it"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class RunData:
         ]
         for dataset, _ in self.datasets:
             check_dataset(dataset, model)
+        _check_distinct([dataset for dataset, _ in self.datasets])
         first, _ = self.datasets[0]
         self.seq_len, self.tokenizer = first.header.sequence_length, first.tokenizer
         check_mixture(
@@ -124,23 +126,57 @@ def _digest(value: list) -> str:
 
 
 def parse_mixture(path: str) -> list[tuple[str, float]]:
-    """ "DIR" or "DIR=0.7,DIR=0.3" as (folder, weight) pairs."""
+    """ "DIR" or "DIR=0.7,DIR=0.3" as (folder, weight) pairs.
+
+    What is an existing folder in its whole length is that folder, even with '=' or ',' in its name.
+
+    Raises:
+      UserError: no folder, a weight that is no number, or a name that could be either.
+    """
     if not path:
         raise UserError("config.data.path is empty: name a folder made by `mobilellm prepare`")
-    pairs = []
-    for part in path.split(","):
-        folder, _, weight = part.partition("=")
+    parts = [path] if os.path.isdir(path) else path.split(",")
+    pairs = [_folder_and_weight(path, part) for part in parts]
+    for folder, _ in pairs:
         try:
             local_path(folder)
         except UserError as error:
             raise UserError(f"config.data.path: {error}") from error
-        try:
-            pairs.append((folder, float(weight or 1)))
-        except ValueError as error:
-            raise UserError(
-                f"config.data.path: {part!r} has no number behind '='; write DIR=0.7,DIR=0.3"
-            ) from error
     return pairs
+
+
+def _folder_and_weight(path: str, part: str) -> tuple[str, float]:
+    folder, equals, text = part.rpartition("=")
+    try:
+        weight = float(text) if equals else None
+    except ValueError:
+        weight = None
+    if os.path.isdir(part):
+        if weight is not None and os.path.isdir(folder):
+            raise UserError(
+                f"config.data.path: {part!r} and {folder!r} are folders both; write '{part}=1' for "
+                f"the first, or rename it to give the second the weight {text}"
+            )
+        return part, 1.0
+    if not equals and part:
+        return part, 1.0
+    if not folder or weight is None:
+        problem = "names no folder" if not folder else "has no number behind '='"
+        raise UserError(f"config.data.path: {part!r} in {path!r} {problem}; write DIR=0.7,DIR=0.3")
+    return folder, weight
+
+
+def _check_distinct(datasets: list[Dataset]) -> None:
+    """Raises UserError if two are the same, be it by another path or as a copy."""
+    seen = {}
+    for dataset in datasets:
+        key = tuple(shard.sha256 for shard in dataset.header.splits["train"].shards)
+        if key in seen:
+            raise UserError(
+                f"config.data.path: {seen[key]} and {dataset.directory} hold the same records; "
+                "name one of them, with the sum of both weights"
+            )
+        seen[key] = dataset.directory
 
 
 def check_dataset(dataset: Dataset, model: ModelConfig) -> None:
