@@ -301,14 +301,28 @@ def test_inputs_without_text_and_bad_files_leave_no_folder(tmp_path, model):
         ({}, "either --tokenizer FILE or --vocab_size"),
         ({"tokenizer": "nowhere.model"}, "nowhere.model: cannot read"),
         ({"vocab_size": 100_000}, "too large for this text"),
-        ({"vocab_size": 300, "sequence_length": 1}, "too short"),
+        (
+            {"vocab_size": 300, "sequence_length": 1},
+            "--sequence_length 1 is not possible.* from 2 to",
+        ),
+        ({"vocab_size": 300, "sequence_length": 10**20}, "10{20} is not possible.* to 1,048,576"),
+        ({"vocab_size": 300, "sequence_length": -5}, "--sequence_length -5 is not possible"),
+        ({"vocab_size": 0}, "--vocab_size 0 is not possible; use a number from 260 to 1,048,576"),
+        ({"vocab_size": -1}, "--vocab_size -1 is not possible"),
+        ({"vocab_size": 10**20}, "--vocab_size 10{20} is not possible"),
+        ({"vocab_size": 300, "valid_fraction": float("nan")}, "--valid_fraction nan must be"),
+        ({"vocab_size": 300, "valid_fraction": float("inf")}, "--valid_fraction inf must be"),
+        ({"vocab_size": 300, "valid_fraction": -0.1}, "--valid_fraction -0.1 must be"),
+        ({"vocab_size": 300, "records_per_shard": 0}, "--records_per_shard 0 is not possible"),
+        ({"vocab_size": 300, "skip_bad": -1}, "--skip_bad -1 is not possible"),
+        ({"vocab_size": 300, "num_workers": 10**20}, "--workers 10{20} is not possible.* 1,024"),
         ({"vocab_size": 300, "valid_fraction": 1.0}, "less than 1"),
         ({"vocab_size": 300, "valid_fraction": 0.1, "split_field": "s"}, "only one of"),
         ({"vocab_size": 300, "valid_fraction": 1e-9}, "held out no text"),
         ({"vocab_size": 300, "valid_fraction": 0.999999}, "left no text to train on"),
         ({"vocab_size": 300, "split_field": "s"}, "line 1: split field 's' is 'x'"),
         ({"vocab_size": 300, "split_field": "t"}, "line 1: split field 't' is None"),
-        ({"vocab_size": 300, "num_workers": 0}, "at least 1"),
+        ({"vocab_size": 300, "num_workers": 0}, "--workers 0 is not possible; use a number from 1"),
     ],
 )
 def test_bad_settings_are_explained(tmp_path, settings, message):
@@ -322,6 +336,17 @@ def test_a_tokenizer_is_given_or_trained_but_not_both(tmp_path, model):
     path = write_lines(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match="either --tokenizer FILE or --vocab_size"):
         run_prepare([path], tmp_path / "out", tokenizer=model, vocab_size=300)
+
+
+def test_numbers_that_cannot_be_are_refused_before_any_input_is_read(tmp_path, monkeypatch):
+    def fail(*_):
+        raise AssertionError("read an input")
+
+    monkeypatch.setattr(sources.Source, "documents", fail)
+    path = write_lines(tmp_path / "a.jsonl")
+    for settings in ({"num_workers": 0}, {"sequence_length": 10**20}, {"vocab_size": 0}):
+        with pytest.raises(UserError, match="is not possible"):
+            run_prepare([path], tmp_path / "out", **{"vocab_size": 300} | settings)
 
 
 @pytest.mark.parametrize("mark", ["bos", "eos"])

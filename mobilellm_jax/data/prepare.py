@@ -18,7 +18,7 @@ from mobilellm_jax.data.progress import ProgressBar
 from mobilellm_jax.data.records import HEADER_FILE, SPLITS, DatasetHeader, SourceFile
 from mobilellm_jax.data.report import Report, warn_of_held_out
 from mobilellm_jax.data.rows import BadRow, SkippedRows
-from mobilellm_jax.data.settings import PrepareSettings
+from mobilellm_jax.data.settings import MAX_WORKERS, PrepareSettings, check_range
 from mobilellm_jax.data.sources import Source, find_sources
 from mobilellm_jax.data.splits import split_documents
 from mobilellm_jax.errors import UserError
@@ -74,6 +74,8 @@ def prepare(
     """
     assert not isinstance(inputs, str) and not isinstance(valid_inputs, str), "pass lists"
     output = local_path(output)
+    if num_workers is not None:
+        check_range("workers", num_workers, 1, MAX_WORKERS)
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
     settings = PrepareSettings(
         sequence_length=sequence_length,
@@ -260,8 +262,6 @@ def _check_splits(splits: dict[str, Any], settings: PrepareSettings, num_sources
 
 def _useful_workers(sources: list[Source], num_workers: int | None) -> int:
     """No more than there are batches: starting a process costs more than a batch."""
-    if num_workers is not None and num_workers < 1:
-        raise UserError(f"--workers {num_workers} must be at least 1")
     wanted = num_workers or os.cpu_count() or 1
     if any(source.size is None for source in sources):
         return wanted

@@ -4,6 +4,11 @@ import dataclasses
 
 from mobilellm_jax.errors import UserError
 
+MAX_SEQUENCE_LENGTH = 1 << 20
+# SentencePiece needs 256 bytes, 3 marks and a character; its largest released models are far below.
+MIN_VOCAB_SIZE, MAX_VOCAB_SIZE = 260, 1 << 20
+MAX_WORKERS = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class PrepareSettings:
@@ -29,14 +34,16 @@ class PrepareSettings:
     def __post_init__(self):
         if (self.tokenizer_sha256 is None) == (self.vocab_size is None):
             raise UserError("pass either --tokenizer FILE or --vocab_size N, which trains one")
-        if self.sequence_length < 2:
-            raise UserError(f"--sequence_length {self.sequence_length} is too short; 2048 is usual")
+        check_range("sequence_length", self.sequence_length, 2, MAX_SEQUENCE_LENGTH)
+        if self.vocab_size is not None:
+            check_range("vocab_size", self.vocab_size, MIN_VOCAB_SIZE, MAX_VOCAB_SIZE)
+        if self.records_per_shard is not None:
+            check_range("records_per_shard", self.records_per_shard, 1)
+        check_range("skip_bad", self.skip_bad, 0)
         if not 0 <= self.valid_fraction < 1:
             raise UserError(
                 f"--valid_fraction {self.valid_fraction} must be at least 0 and less than 1"
             )
-        if self.skip_bad < 0:
-            raise UserError(f"--skip_bad {self.skip_bad} is a number of rows, at least 0")
         if self.keep_test and self.split_field is None:
             raise UserError("--keep_test is of rows that say their split; add --split_field FIELD")
         if self.document_separator == "":
@@ -44,3 +51,10 @@ class PrepareSettings:
         ways = (self.num_valid_inputs > 0, self.split_field is not None, self.valid_fraction > 0)
         if sum(ways) > 1:
             raise UserError("use only one of --valid_input, --split_field and --valid_fraction")
+
+
+def check_range(flag: str, value: int, low: int, high: int | None = None) -> None:
+    """Raises UserError for a flag's value that is no integer from ``low`` to ``high``."""
+    if not isinstance(value, int) or value < low or (high is not None and value > high):
+        bounds = f"at least {low:,}" if high is None else f"a number from {low:,} to {high:,}"
+        raise UserError(f"--{flag} {value} is not possible; use {bounds}")
