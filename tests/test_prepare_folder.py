@@ -3,6 +3,9 @@
 import contextlib
 import errno
 import fcntl
+import gc
+import multiprocessing.resource_tracker
+import multiprocessing.util
 import os
 import random
 import resource
@@ -299,6 +302,44 @@ def test_control_c_ends_all_processes_and_leaves_nothing(tmp_path, model):
     assert "KeyboardInterrupt" in errors
     assert "_process_worker" not in errors  # no traceback of a worker on top of the parent's
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_workers_start_leaves_nothing_and_no_traceback_of_theirs(
+    tmp_path, model, monkeypatch, capfd, number
+):
+    """It comes when the first worker has started and waits for what it is to do."""
+    started = []
+
+    def start(*arguments, original=multiprocessing.util.spawnv_passfds):
+        started.append(original(*arguments))
+        if len(started) == 1:
+            os.kill(os.getpid(), number)
+        return started[-1]
+
+    def end(number, _):
+        raise SystemExit(128 + number)
+
+    monkeypatch.setattr("mobilellm_jax.data.encoding.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("mobilellm_jax.data.prepare.BLOCK_BYTES", 2000)
+    path = write_lines(tmp_path / "a.jsonl")
+    multiprocessing.resource_tracker.ensure_running()  # it is a process that is no worker
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", start)
+    handler = signal.signal(number, end)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_prepare([path], tmp_path / "out", tokenizer=model, num_workers=2)
+        assert signal.getsignal(number) is end
+    finally:
+        signal.signal(number, handler)
+    assert ended.value.code == 128 + number
+    del ended  # its frames keep a worker waiting
+    gc.collect()
+    for pid in started:
+        with contextlib.suppress(ChildProcessError):  # the pool has waited for it
+            os.waitpid(pid, 0)
+    assert capfd.readouterr().err == ""
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def _die(_items):

@@ -4,6 +4,7 @@ A module of its own so that the worker processes import nothing but NumPy and Se
 """
 
 import collections
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,7 @@ from mobilellm_jax.tokenizers.tokenizer import Tokenizer
 _Item = tuple[str | None, list[int] | None, bool, bool]
 # What it gives back: all tokens, then for each item its number of tokens and of UTF-8 bytes.
 _Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
+_HELD_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Encoder:
@@ -71,15 +73,18 @@ def encode_in_order(
             yield from _unpack(batch, encoder(_items(batch)))
         return
     in_flight = collections.deque()
-    pool = ProcessPoolExecutor(
-        num_workers,
-        multiprocessing.get_context("spawn"),  # a fork would inherit the locks of JAX's threads
-        _start_worker,
-        (tokenizer, bos, eos),
-    )
+    with _signals_held():
+        pool = ProcessPoolExecutor(
+            num_workers,
+            multiprocessing.get_context("spawn"),  # a fork would inherit the locks of JAX's threads
+            _start_worker,
+            (tokenizer, bos, eos),
+        )
     try:
         for batch in batches:
-            in_flight.append((batch, pool.submit(_encode_in_worker, _items(batch))))
+            items = _items(batch)
+            with _signals_held():  # a task starts a worker where there are not yet enough
+                in_flight.append((batch, pool.submit(_encode_in_worker, items)))
             if len(in_flight) > 2 * num_workers:
                 done, future = in_flight.popleft()
                 yield from _unpack(done, future.result())
@@ -94,6 +99,31 @@ def encode_in_order(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Holds Ctrl-C and SIGTERM back until the end; in workers that start meanwhile, for good.
+
+    A worker that loses its parent half started, or is interrupted then, ends with a traceback.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are for the main thread
+        return
+    caught = []
+    handlers = {
+        number: signal.signal(number, lambda number, _: caught.append(number))
+        for number in _HELD_SIGNALS
+    }
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_SIGNALS)  # which workers inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in caught:
+            signal.raise_signal(number)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -124,6 +154,7 @@ _worker_encoder: Encoder
 def _start_worker(tokenizer: Tokenizer, bos: bool, eos: bool) -> None:
     global _worker_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops the pool
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_SIGNALS)  # the pool may have to end us
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_encoder = Encoder(tokenizer, bos, eos)
 
