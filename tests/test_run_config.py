@@ -118,7 +118,7 @@ def test_of_a_key_that_is_given_twice_the_last_one_counts():
 def test_every_number_and_every_choice_has_its_limits():
     """A new key is in one of the tables, unless any value of its type will do."""
     free = {"data.path", "data.mask_documents", "execution.unroll_layers", "model.tie_embeddings"}
-    assert set(run_config._leaves(default_config())) == {
+    assert set(run_config.leaves(default_config())) == {
         *run_config._LIMITS,
         *run_config._CHOICES,
         *free,

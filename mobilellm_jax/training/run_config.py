@@ -186,7 +186,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
     match = re.fullmatch(r"--config\.([\w.]+)=(.*)", override, re.DOTALL)
     if match is None:
         raise UserError(f"{override}: write --config.KEY=VALUE")
-    (key, text), known = match.groups(), _leaves(default_config())
+    (key, text), known = match.groups(), leaves(default_config())
     if key in known:
         kind = type(known[key])
         value = _PARSERS[kind](text)
@@ -223,7 +223,7 @@ _PARSERS = {bool: _parse_bool, int: _parse_int, float: _parse_float, str: str}
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-def _leaves(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def leaves(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """ "SECTION.KEY" -> value."""
     return {
         ".".join(map(str, path)): value for path, value in flatten_dict(config.to_dict()).items()
@@ -232,7 +232,7 @@ def _leaves(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def _near_keys(key: str, prefix: str = "--config.") -> str:
     """A hint for an unknown key: the keys whose name is, or is most like, the one in it."""
-    known = list(_leaves(default_config()))
+    known = list(leaves(default_config()))
     section, _, name = key.rpartition(".")
     names = {k.rpartition(".")[2] for k in known}
     near = difflib.get_close_matches(name, names, n=1)
@@ -267,7 +267,7 @@ def on_platform(
 
 def _check_keys(file: str, config: ml_collections.ConfigDict) -> None:
     """A file may unlock the config; it still may not add or lose keys."""
-    known, found = _leaves(default_config()), _in_file(file, _leaves, config)
+    known, found = leaves(default_config()), _in_file(file, leaves, config)
     for key in found:
         if key not in known:
             raise UserError(f"{file}: there is no key config.{key}{_near_keys(key, 'config.')}")
@@ -343,7 +343,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: naming the key, its value and what to use.
     """
-    values, defaults = _leaves(config), _leaves(default_config())
+    values, defaults = leaves(config), leaves(default_config())
     for key, value in values.items():
         kind = type(defaults[key])
         if type(value) is not kind and not (kind is float and type(value) is int):

@@ -77,7 +77,7 @@ class RunData:
         }
 
     def check_continues(self, directory: Path, metadata: Mapping[str, Any]) -> None:
-        """Refuses checkpoints whose order of samples this run would not go on with.
+        """Refuses checkpoints whose samples this run would not go on with as they were.
 
         Args:
           directory: of the checkpoints, for the message.
@@ -91,6 +91,12 @@ class RunData:
                 f"{directory} was trained with another tokenizer than that of "
                 f"{self.first.directory}: prepare the data with its tokenizer.model, or use "
                 "another workdir"
+            )
+        masked = metadata.get("mask_documents", self._config.data.mask_documents)
+        if "run" in metadata and masked != self._config.data.mask_documents:
+            raise UserError(
+                f"{directory} was trained with config.data.mask_documents = {masked}: set it so, "
+                "or use another workdir"
             )
         saved, now = metadata.get("sample_order"), self.sample_order()
         if saved is not None and saved != now:
