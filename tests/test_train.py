@@ -157,6 +157,7 @@ def test_kill_9_and_rerun_is_bitwise_the_same_run(home):
         process.kill()
     resumed = run(home, "killed")
     assert resumed.returncode == 0 and "resuming from step" in resumed.stdout, resumed.stderr
+    assert "changed" not in resumed.stdout and "warning" not in resumed.stdout
     assert_same_run(home, "killed")
 
 
@@ -206,6 +207,7 @@ def test_divergence_stops_the_run_and_is_not_saved(home):
         (["--config.model.num_layers=3"], r"num_layers is 2 there, 3 here"),
         (["--config.train.global_batch_size=4"], "global_batch_size was 8, is 4"),
         (["--config.seed=1"], "seed was 0, is 1"),
+        (["--config.data.mask_documents=true"], "trained with config.data.mask_documents = False"),
     ],
 )
 def test_a_workdir_of_another_run_is_refused(home, overrides, message):
@@ -260,15 +262,22 @@ def test_a_mixture_of_two_tokenizers_is_refused_before_anything_is_written(home)
 def test_a_workdir_that_is_a_file_is_refused(home):
     (home / "file").write_text("mine")
     failed = run(home, "file")
-    assert failed.returncode == 2 and "cannot be made a workdir" in failed.stderr
+    assert failed.returncode == 2 and "cannot be written to (Not a directory)" in failed.stderr
     assert (home / "file").read_text() == "mine"
 
 
 def test_an_interrupted_run_may_be_lengthened(home):
-    """The newest checkpoint goes on with another number of steps; its schedule is the new one."""
+    """Its schedule is the new one, and what that does to the learning rate is said."""
     assert run(home, "longer", "--config.train.num_steps=4").returncode == 0
     longer = run(home, "longer", "--config.train.num_steps=6")
     assert longer.returncode == 0 and "resuming from step 4" in longer.stdout
+    lines = longer.stdout.splitlines()
+    assert [x for x in lines if x.startswith("changed")] == [
+        "changed   config.train.num_steps: 4 -> 6"
+    ]
+    (warning,) = [line for line in lines if line.startswith("warning")]
+    # After 2 of warm-up, a cosine from 0.01 to 0.001: its end, and the middle of a longer one.
+    assert "from 0.001 at step 4 to 0.0055 at step 5, 5.5 times as much: lower" in warning
     assert load_checkpoint(home / "longer").provenance.step == 6
 
 

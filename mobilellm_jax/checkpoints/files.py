@@ -43,27 +43,45 @@ def find_valid(path: Path) -> Path:
         raise_if_damaged(path, None, sizes_only="opt_state")
         return path
     directory = path / CHECKPOINTS_NAME if (path / CHECKPOINTS_NAME).is_dir() else path
-    steps = sorted(list_steps(directory), reverse=True)
-    if not steps:
+    step, _ = newest_valid(directory, sizes_only="opt_state")
+    if step is None:
         raise UserError(
             f"{path}: no checkpoint here; use a run's workdir, its {CHECKPOINTS_NAME!r} folder or "
             "the folder of one step"
         )
-    for step in steps:
-        folder = directory / str(step)
-        if not (damage := find_damage(folder, step, sizes_only="opt_state")):
-            return folder
-        warn_of_damage(folder, damage)
-    raise UserError(f"{directory}: none of the steps {steps[::-1]} is valid (see the warnings)")
+    return directory / str(step)
+
+
+def newest_valid(directory: Path, *, sizes_only: str | None = None) -> tuple[int | None, list[int]]:
+    """The newest step that is whole, and the damaged ones that are newer; warns of the latter.
+
+    Args:
+      directory: of the steps; it need not exist.
+      sizes_only: as for `find_damage`.
+
+    Returns:
+      The step is None where there are none at all.
+
+    Raises:
+      UserError: there are steps, but all are damaged.
+    """
+    damaged = []
+    for step in sorted(list_steps(directory), reverse=True):
+        if not (damage := find_damage(directory / str(step), step, sizes_only=sizes_only)):
+            return step, damaged
+        logging.warning("CHECKPOINT DAMAGED, not used: %s: %s", directory / str(step), _few(damage))
+        damaged.append(step)
+    if damaged:
+        raise UserError(
+            f"{directory}: none of the steps {damaged[::-1]} is valid (see the warnings); bring "
+            "one back from a copy, or move the folder away to start from scratch"
+        )
+    return None, []
 
 
 def raise_if_damaged(folder: Path, step: int | None, sizes_only: str | None = None) -> None:
     if damage := find_damage(folder, step, sizes_only=sizes_only):
         raise UserError(f"{folder} is damaged: {_few(damage)}; use another step")
-
-
-def warn_of_damage(folder: Path, damage: list[str]) -> None:
-    logging.warning("CHECKPOINT DAMAGED, not used: %s: %s", folder, _few(damage))
 
 
 def _few(lines: list[str]) -> str:
@@ -136,8 +154,8 @@ def check_model(folder: Path, metadata: Mapping[str, Any], config: ModelConfig) 
         )
 
 
-def read_tree(folder: Path, metadata: Mapping[str, Any], name: str, like: Any) -> Any:
-    """Reads one item after comparing names, shapes and dtypes (Orbax would cast)."""
+def check_arrays(folder: Path, metadata: Mapping[str, Any], name: str, like: Any) -> None:
+    """Raises UserError if the names, shapes and dtypes of an item are not those of `like`."""
     saved, wanted = metadata["arrays"][name], _describe(like)
     absent = "nothing"
     if different := [
@@ -150,6 +168,11 @@ def read_tree(folder: Path, metadata: Mapping[str, Any], name: str, like: Any) -
             "opt_state": "use the optimizer config that it was saved with",
         }[name]
         raise UserError(f"{folder / name} does not fit: {_few(different)}; {mend}")
+
+
+def read_tree(folder: Path, metadata: Mapping[str, Any], name: str, like: Any) -> Any:
+    """Reads one item after comparing names, shapes and dtypes (Orbax would cast)."""
+    check_arrays(folder, metadata, name, like)
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(

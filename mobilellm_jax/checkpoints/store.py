@@ -34,16 +34,16 @@ from mobilellm_jax.checkpoints.files import (
     check_model,
     encode_metadata,
     list_steps,
+    newest_valid,
     raise_if_damaged,
     read_metadata,
     read_tree,
-    warn_of_damage,
 )
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model_bundle import ModelBundle
 from mobilellm_jax.storage.atomic import write_file
-from mobilellm_jax.storage.manifest import find_damage, write_manifest
+from mobilellm_jax.storage.manifest import write_manifest
 from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.tokenizers.files import write_tokenizer
 from mobilellm_jax.tokenizers.tokenizer import Tokenizer
@@ -276,8 +276,7 @@ class Checkpoints:
 
     def _check_free_space(self, trees: Mapping[str, Any]) -> None:
         """Orbax itself reports a full disk one save late."""
-        arrays = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
-        needed = arrays + arrays // 50 + (1 << 20)
+        needed = checkpoint_bytes(trees)
         # Some network disks say that they have no end; what is sent has 61 bits.
         free = _from_first_process(
             lambda: min(shutil.disk_usage(self.directory).free, (1 << 61) - 1)
@@ -290,28 +289,16 @@ class Checkpoints:
 
     def _choose(self, step: int | None) -> int:
         """The step to restore, all damaged ones newer than it out of the way."""
-        steps = sorted(list_steps(self.directory), reverse=True)
         if step is not None:
-            if step not in steps:
-                raise UserError(f"{self.directory} has no step {step}; it has {steps[::-1]}")
+            if step not in (steps := sorted(list_steps(self.directory))):
+                raise UserError(f"{self.directory} has no step {step}; it has {steps}")
             raise_if_damaged(self.directory / str(step), step)
             return step
-        damaged = []
-        for candidate in steps:
-            if damage := find_damage(self.directory / str(candidate), candidate):
-                warn_of_damage(self.directory / str(candidate), damage)
-                damaged.append(candidate)
-                continue
-            for number in damaged:
-                self._move_aside(number)
-            return candidate
-        if damaged:
-            # They stay where they are: a second try must not find an empty folder and start anew.
-            raise UserError(
-                f"{self.directory}: none of the steps {steps[::-1]} is valid (see the warnings); "
-                "bring one back from a copy, or move the folder away to start from scratch"
-            )
-        return _NOTHING
+        # If all are damaged they stay: a second try must not find an empty folder and start anew.
+        found, damaged = newest_valid(self.directory)
+        for number in damaged:
+            self._move_aside(number)
+        return _NOTHING if found is None else found
 
     def _move_aside(self, step: int) -> None:
         folder = self.directory.parent / DAMAGED_NAME
@@ -321,6 +308,12 @@ class Checkpoints:
             number += 1
         (self.directory / str(step)).rename(target)
         logging.warning("moved the damaged step %d to %s", step, target)
+
+
+def checkpoint_bytes(trees: Any) -> int:
+    """What a checkpoint of these arrays, real or abstract, takes on a disk; rather too much."""
+    arrays = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
+    return arrays + arrays // 50 + (1 << 20)
 
 
 def save_model(workdir: str | Path, model: ModelBundle) -> None:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mobilellm_jax.checkpoints.store import Checkpoints
+from mobilellm_jax.checkpoints.store import Checkpoints, Restored
 from mobilellm_jax.data.loader import RecordSource, eval_batches, train_batches
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation.perplexity import split_perplexity
@@ -19,14 +19,13 @@ from mobilellm_jax.machine.coordination import RunCoordination
 from mobilellm_jax.machine.hardware import peak_flops
 from mobilellm_jax.machine.signals import StopRequest, stop_signals
 from mobilellm_jax.model.costs import count_params, train_flops_per_token
-from mobilellm_jax.storage.atomic import lock_folder, write_file
+from mobilellm_jax.storage.atomic import write_file
 from mobilellm_jax.storage.paths import local_path
-from mobilellm_jax.training import run_config
+from mobilellm_jax.training.checks import RunChecks, lock_workdir
 from mobilellm_jax.training.failures import Diverged, finite_metrics, memory_errors
 from mobilellm_jax.training.metrics import MetricsLog
-from mobilellm_jax.training.program import TrainProgram
-from mobilellm_jax.training.run_data import RunData
-from mobilellm_jax.training.sharding import make_mesh, on_mesh
+from mobilellm_jax.training.resumption import changes, rate_jump
+from mobilellm_jax.training.sharding import on_mesh
 from mobilellm_jax.training.step import TrainState
 
 # Steps that may be dispatched before their results are waited for: enough to hide Python, few
@@ -97,9 +96,7 @@ def _held(workdir: Path) -> Iterator[None]:
         raise UserError(
             f"{workdir}: cannot be made a workdir ({error.strerror}); name another"
         ) from error
-    lock = lock_folder(
-        workdir, f"{workdir}: another run is training there; wait for it, or use another workdir"
-    )
+    lock = lock_workdir(workdir)
     try:
         yield
     finally:
@@ -112,12 +109,9 @@ class _Run:
     def __init__(self, config: ConfigDict, workdir: Path, peers: RunCoordination):
         self.config = config
         self.peers = peers
-        self.model = run_config.model_config(config)
-        self.data = RunData(config, self.model)
-        peers.agree({"workdir": str(workdir.absolute()), **self.data.facts()})
-        mesh = make_mesh(config.mesh, self.model)
-        self.program = TrainProgram(config, self.model, mesh, self.data.seq_len)
-
+        checks = RunChecks(config, workdir, peers)
+        checks.require()
+        self.model, self.data, self.program = checks.model, checks.data, checks.program
         self.tokens_per_step = config.train.global_batch_size * self.data.seq_len
         self.flops_per_token = train_flops_per_token(self.model, self.data.seq_len).causal
         self.peak = peak_flops(jax.local_devices()[0], self.program.execution.dtype)
@@ -136,7 +130,17 @@ class _Run:
             opt_state = self.program.init_opt_state(restored.params)
         step = jax.device_put(np.int32(restored.step), self.program.state_shardings.step)
         print(f"resuming from step {restored.step:,} in {checkpoints.directory}")
+        self.announce_changes(restored)
         return restored.step, TrainState(step, restored.params, opt_state)
+
+    def announce_changes(self, restored: Restored) -> None:
+        """Prints what is another than in the run that saved the checkpoint."""
+        if jax.process_index() != 0 or restored.step >= self.config.train.num_steps:
+            return
+        for change in changes(restored.metadata, self.config):
+            print(f"changed   {change}")
+        if jump := rate_jump(restored.metadata, self.config, restored.step):
+            print(f"warning   {jump}")
 
     def metadata(self, step: int) -> dict:
         """What a checkpoint says of the run, beside its arrays."""
