@@ -287,6 +287,7 @@ _COMPARISONS = {
     "at most": operator.le,
     "less than": operator.lt,
 }
+_NEVER = 10**18  # a number of steps that is meant as "never"
 # Key -> the numbers that make sense. What a run counts fits into 32 bits; sizes end where no model
 # of this kind has been.
 _LIMITS = {
@@ -305,14 +306,14 @@ _LIMITS = {
     "model.init_std": {"more than": 0, "at most": 100},
     "train.num_steps": {"at least": 1, "less than": 2**31},
     "train.global_batch_size": {"at least": 1, "at most": 2**20},
-    "train.accumulation_steps": {"at least": 1},
-    "log.every_steps": {"at least": 1},
-    "eval.every_steps": {"at least": 0},
-    "eval.num_records": {"at least": 1},
-    "checkpoint.every_steps": {"at least": 1},
-    "checkpoint.keep_last": {"at least": 1},
-    "checkpoint.keep_every": {"at least": 0},
-    "optimizer.warmup_steps": {"at least": 0},
+    "train.accumulation_steps": {"at least": 1, "at most": 2**20},
+    "log.every_steps": {"at least": 1, "at most": _NEVER},
+    "eval.every_steps": {"at least": 0, "at most": _NEVER},
+    "eval.num_records": {"at least": 1, "at most": _NEVER},
+    "checkpoint.every_steps": {"at least": 1, "at most": _NEVER},
+    "checkpoint.keep_last": {"at least": 1, "at most": _NEVER},
+    "checkpoint.keep_every": {"at least": 0, "at most": _NEVER},
+    "optimizer.warmup_steps": {"at least": 0, "less than": 2**31},
     "optimizer.peak_lr": {"more than": 0, "at most": 1e30},
     "optimizer.final_lr_fraction": {"at least": 0, "at most": 1},
     "optimizer.decay_fraction": {"at least": 0, "at most": 1},
@@ -321,9 +322,9 @@ _LIMITS = {
     "optimizer.beta2": {"at least": 0, "less than": 1},
     "optimizer.epsilon": {"at least": 1e-30, "at most": 1},
     "optimizer.clip_norm": {"more than": 0, "at most": 1e30},
-    "mesh.data": {"at least": -1},
-    "mesh.fsdp": {"at least": -1},
-    "mesh.tensor": {"at least": -1},
+    "mesh.data": {"at least": -1, "at most": 2**20},
+    "mesh.fsdp": {"at least": -1, "at most": 2**20},
+    "mesh.tensor": {"at least": -1, "at most": 2**20},
 }
 _CHOICES = {
     "model.ffn": FFN_KINDS,
