@@ -30,6 +30,6 @@ mobilellm convert --to hf --no-verify --checkpoint "$RUN" --output exports/quick
 say "done"
 echo "loss curve   $RUN/loss.png"
 echo "checkpoints  $RUN/checkpoints"
-echo "metrics      $RUN/metrics.jsonl, and: tensorboard --logdir $RUN/tensorboard"
+echo "metrics      $RUN/metrics.jsonl; for TensorBoard (pip install tensorboard) $RUN/tensorboard"
 echo "model        exports/quickstart"
 echo "next         make phone: the same model in ExecuTorch, the runtime of phone apps"

@@ -264,6 +264,22 @@ def test_importing_a_room_loads_nothing_that_it_does_not_need(module, not_loaded
     assert set(loaded) & set(not_loaded) == set()
 
 
+def test_what_the_recipes_tell_one_to_run_is_installed_or_comes_with_its_pip_install():
+    """Programs are words before a flag or a file of the run: `tensorboard --logdir ...`."""
+    said = [
+        line
+        for path in sorted((ROOT / "launch").glob("*.sh"))
+        for line in path.read_text().splitlines()
+        if line.lstrip().startswith("echo ") and ">&2" not in line
+    ]
+    assert any("loss.png" in line for line in said)
+    programs = {word for line in said for word in re.findall(r"([a-z][\w-]*) --\w", line)}
+    scripts = {script.name for script in importlib.metadata.entry_points(group="console_scripts")}
+    core = {requirement.name for requirement in core_requirements()} | {"mobilellm_jax"}
+    ours = {s.name for name in core for s in importlib.metadata.distribution(name).entry_points}
+    assert programs <= (scripts & ours) | {"mobilellm", "make", "python"}
+
+
 def tree_of_files(text):
     """Paths in the first code block of a text: the files of a folder are indented below it."""
     block = text.split("```")[1]
