@@ -269,16 +269,16 @@ def test_a_workdir_that_is_a_file_is_refused(home):
 def test_an_interrupted_run_may_be_lengthened(home):
     """Its schedule is the new one, and what that does to the learning rate is said."""
     assert run(home, "longer", "--config.train.num_steps=4").returncode == 0
-    longer = run(home, "longer", "--config.train.num_steps=6")
+    longer = run(home, "longer", "--config.train.num_steps=12")
     assert longer.returncode == 0 and "resuming from step 4" in longer.stdout
     lines = longer.stdout.splitlines()
     assert [x for x in lines if x.startswith("changed")] == [
-        "changed   config.train.num_steps: 4 -> 6"
+        "changed   config.train.num_steps: 4 -> 12"
     ]
     (warning,) = [line for line in lines if line.startswith("warning")]
-    # After 2 of warm-up, a cosine from 0.01 to 0.001: its end, and the middle of a longer one.
-    assert "from 0.001 at step 4 to 0.0055 at step 5, 5.5 times as much: lower" in warning
-    assert load_checkpoint(home / "longer").provenance.step == 6
+    # A cosine from 0.01 to 0.001 after 2 steps: half of one over 2 more, a fifth of one over 10.
+    assert "from 0.0055 at step 4 to 0.00914 at step 5, 1.7 times as much: lower" in warning
+    assert load_checkpoint(home / "longer").provenance.step == 12
 
 
 def test_compiled_programs_outlive_a_run_and_damaged_ones_cost_time_only(home):
