@@ -1,4 +1,4 @@
-"""What is said of a run that goes on with another config."""
+"""A run that goes on with another config says so."""
 
 import json
 import math

@@ -311,7 +311,7 @@ class Checkpoints:
 
 
 def checkpoint_bytes(trees: Any) -> int:
-    """What a checkpoint of these arrays, real or abstract, takes on a disk; rather too much."""
+    """Bytes of a checkpoint of these arrays, real or abstract, on a disk; rather too many."""
     arrays = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
     return arrays + arrays // 50 + (1 << 20)
 

@@ -1,4 +1,4 @@
-"""What has to hold before the first step.
+"""The checks that a run has to pass before its first step.
 
 One list for both: `train` stops at the first FAIL, `doctor` shows all.
 """
@@ -63,7 +63,7 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
       level: "ok", "warn" (it runs, but look) or "FAIL".
@@ -80,8 +80,8 @@ class RunChecks:
     Attributes:
       model: the architecture.
       data: the datasets, once "data" is well.
-      mesh: where everything will lie, once "mesh" is.
-      program: what will be compiled.
+      mesh: the devices in their order, once "mesh" is well.
+      program: the functions to compile, for "disk" and what follows.
 
     Args:
       config: of the run.
@@ -130,7 +130,7 @@ class RunChecks:
         return self.workdir / CHECKPOINTS_NAME
 
     def check_devices(self) -> Finding:
-        """What JAX sees, over all processes."""
+        """Says which devices JAX sees, over all processes."""
         devices = jax.devices()
         text = (
             f"{len(devices)} x {devices[0].device_kind} in {jax.process_count()} process(es), "
@@ -143,7 +143,7 @@ class RunChecks:
         return Finding("ok", text)
 
     def check_versions(self) -> Finding:
-        """Versions of what computes; "data" compares them between processes."""
+        """Names the versions; "data" compares them between processes."""
         text = (
             f"mobilellm_jax {mobilellm_jax.__version__}, jax {jax.__version__}, jaxlib "
             f"{importlib.metadata.version('jaxlib')}, Python {sys.version.split()[0]}"
@@ -184,7 +184,7 @@ class RunChecks:
         return Finding("ok", f"{axes}; weights gathered by {self.config.mesh.gather}")
 
     def check_batch(self) -> Finding:
-        """How a step's batch is split."""
+        """Says how a step's batch is split."""
         shape, train = self.mesh.shape, self.config.train
         check_batch(train, self.mesh)
         rows = train.global_batch_size // (shape["data"] * shape["fsdp"] * train.accumulation_steps)
@@ -195,7 +195,7 @@ class RunChecks:
         )
 
     def check_kernel(self) -> Finding:
-        """What attention and arithmetic will be."""
+        """Says how attention and arithmetic will be computed."""
         length = self.data.seq_len if self.data else self.model.max_seq_len
         execution = resolved_execution(self.config, self.model, self.mesh, length)
         text = f"attention {execution.attention}, {execution.dtype}"

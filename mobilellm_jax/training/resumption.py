@@ -1,4 +1,4 @@
-"""What is different in a run that goes on: its config, and the learning rate of its next step."""
+"""The differences of a run that goes on: in its config, and in its next learning rate."""
 
 from collections.abc import Mapping
 from typing import Any

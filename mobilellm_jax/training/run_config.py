@@ -135,7 +135,7 @@ def load_config(path: str, overrides: list[str] = ()) -> ml_collections.ConfigDi
 
 
 def _run_file(file: str, arguments: tuple[str, ...]) -> ml_collections.ConfigDict:
-    """What `get_config(*arguments)` of the file returns."""
+    """Returns what `get_config(*arguments)` of the file does."""
     get_config = _in_file(file, runpy.run_path, file).get("get_config")
     if not callable(get_config):
         raise UserError(f"{file}: has no function get_config(); see configs/ for examples")

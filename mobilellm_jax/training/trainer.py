@@ -134,7 +134,7 @@ class _Run:
         return restored.step, TrainState(step, restored.params, opt_state)
 
     def announce_changes(self, restored: Restored) -> None:
-        """Prints what is another than in the run that saved the checkpoint."""
+        """Prints the differences from the run that saved the checkpoint."""
         if jax.process_index() != 0 or restored.step >= self.config.train.num_steps:
             return
         for change in changes(restored.metadata, self.config):
