@@ -115,6 +115,21 @@ def test_a_line_of_token_ids_is_one_record(tmp_path, model):
     assert header.splits["train"].num_bytes == 5 + 9  # each id but BOS and EOS is of one byte
 
 
+def test_bytes_of_token_ids_are_those_of_the_text_wherever_a_line_was_cut(tmp_path, model):
+    text = "the cat 😀漢é and a dog"
+    ids = SentencePieceTokenizer.load(model).encode(text, bos=True)
+    for cut in range(2, len(ids) - 1):
+        lines = [part + [2] * (len(ids) - len(part)) for part in (ids[:cut], ids[cut:])]
+        _write_ids(tmp_path / "a.jsonl", *lines)
+        header = run_prepare(
+            [tmp_path / "a.jsonl"],
+            tmp_path / f"out{cut}",
+            tokenizer=model,
+            sequence_length=len(ids) - 1,
+        )
+        assert header.splits["train"].num_bytes == len(text.encode()), cut
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

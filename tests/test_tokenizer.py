@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.tokenizers.sentencepiece import SentencePieceTokenizer, train_tokenizer
+from mobilellm_jax.tokenizers.tokenizer import text_bytes
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 CODE = "def f(x):\n    if x:\n        return x  # comment\n\n\n\treturn 12345\n"
@@ -35,6 +37,27 @@ def tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
 )
 def test_any_text_survives_encoding_and_decoding(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True)) == text
+
+
+def test_the_bytes_of_a_text_do_not_depend_on_where_its_ids_are_cut(tokenizer):
+    texts = ["é漢字😀", "the  fox\n", "", " 12 ", CODE]
+    rows = [tokenizer.encode(text, bos=True, eos=True) for text in texts]
+    ids = np.array(sum(rows, []))
+    expected = len("".join(texts).encode())
+    assert any("\ufffd" in tokenizer.decode(ids[:cut]) for cut in range(len(ids)))
+    for cut in range(len(ids) + 1):
+        parts = [text_bytes(tokenizer, part, part == 1) for part in (ids[:cut], ids[cut:])]
+        if cut and ids[cut - 1] == 1:  # the second part cannot know that it begins a text
+            parts[1][:1] = tokenizer.first_bytes[ids[cut]]
+        assert sum(part.sum() for part in parts) == expected, cut
+    assert np.flatnonzero(tokenizer.token_bytes == 0).tolist() == [1, 2]  # BOS and EOS
+
+
+def test_without_bos_a_text_begins_where_one_is_told(tokenizer):
+    ids = np.array(tokenizer.encode("the fox") + tokenizer.encode("dog"))
+    begins = np.zeros(len(ids), bool)
+    begins[[0, len(tokenizer.encode("the fox"))]] = True
+    assert text_bytes(tokenizer, ids, begins).sum() == len("the foxdog")
 
 
 def test_a_newline_and_a_run_of_spaces_are_single_pieces_and_digits_are_split(tokenizer):

@@ -17,7 +17,7 @@ import numpy as np
 
 from mobilellm_jax.data.documents import BLOCK_BYTES, Document
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.tokenizers.tokenizer import Tokenizer, text_bytes
 
 # What a worker gets of a document: text, token_ids, first, last.
 _Item = tuple[str | None, list[int] | None, bool, bool]
@@ -38,10 +38,13 @@ class Encoder:
         tokens, counts, sizes = [], [], []
         for text, token_ids, first, last in items:
             if text is None:
-                ids, num_bytes = token_ids, len(self._tokenizer.decode(token_ids).encode())
+                ids = np.asarray(token_ids, np.int32)
+                begins = ids == self._tokenizer.bos_id
+                num_bytes = text_bytes(self._tokenizer, ids, begins).sum()
             else:
-                ids, num_bytes = self._encode(text, first, last), len(text.encode())
-            tokens.append(np.asarray(ids, np.int32))
+                ids = np.asarray(self._encode(text, first, last), np.int32)
+                num_bytes = len(text.encode())
+            tokens.append(ids)
             counts.append(len(ids))
             sizes.append(num_bytes)
         return np.concatenate(tokens), np.asarray(counts), np.asarray(sizes)

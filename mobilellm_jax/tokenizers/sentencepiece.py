@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from mobilellm_jax.errors import UserError
@@ -18,6 +19,7 @@ from mobilellm_jax.storage.atomic import write_file
 from mobilellm_jax.storage.paths import local_path
 
 MODEL_FILE = "tokenizer.model"
+_SPACE = "\u2581"  # SentencePiece's sign for a space
 MAX_SAMPLE_BYTES = 20_000_000
 # SentencePiece silently skips training sentences that are longer than its max_sentence_length, or
 # that have its sign for what is unknown (trainer_interface.cc, LoadSentences).
@@ -111,6 +113,33 @@ class SentencePieceTokenizer:
                     "ids come from another tokenizer?"
                 )
         return self._processor.decode(ids)
+
+    @functools.cached_property
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each id adds to a text, int32 [vocab_size]; 0 for control pieces only.
+
+        A byte piece is one byte, though it decodes to U+FFFD where it stands alone. Unknown pieces
+        count as what decoding puts in their place.
+        """
+        processor = self._processor
+
+        def num_bytes(i: int) -> int:
+            if processor.is_unknown(i):
+                return len(processor.decode([i]).encode())
+            if processor.is_control(i):
+                return 0
+            is_byte = processor.is_byte(i)
+            return 1 if is_byte else len(processor.id_to_piece(i).replace(_SPACE, " ").encode())
+
+        return np.array([num_bytes(i) for i in range(self.vocab_size)], np.int32)
+
+    @functools.cached_property
+    def first_bytes(self) -> np.ndarray:
+        """The same for the first id of a text, without the space that SentencePiece put there."""
+        processor = self._processor
+        texts = processor.decode([[i] for i in range(self.vocab_size)])
+        sizes = [1 if processor.is_byte(i) else len(t.encode()) for i, t in enumerate(texts)]
+        return np.array(sizes, np.int32)
 
     @functools.cached_property
     def _newline_ids(self) -> list[int]:

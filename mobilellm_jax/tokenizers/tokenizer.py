@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
+
 from mobilellm_jax.errors import UserError
 
 
@@ -14,6 +16,9 @@ class Tokenizer(Protocol):
       sha256: identifies the tokenizer.
       vocab_size: ids are 0 to vocab_size - 1.
       bos_id, eos_id, pad_id: None where the tokenizer has no such token.
+      token_bytes: int32 `[vocab_size]`, the UTF-8 bytes that each id adds to a text; 0 for control
+        tokens (BOS, EOS, ...) and for no others: they stand for no text.
+      first_bytes: the same for the first token of a text.
     """
 
     files: Mapping[str, bytes]
@@ -22,6 +27,8 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
+    token_bytes: np.ndarray
+    first_bytes: np.ndarray
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`, with the document marks asked for."""
@@ -31,6 +38,21 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; control ids (BOS, EOS) leave nothing behind."""
+
+
+def text_bytes(tokenizer: Tokenizer, tokens: np.ndarray, begins: np.ndarray) -> np.ndarray:
+    """UTF-8 bytes that each of a row of tokens adds to the text of its document, int32 `[N]`.
+
+    Each is counted by itself, so the sum does not depend on where a row was cut, be it in the
+    middle of a character.
+
+    Args:
+      tokens: ids, int `[N]`.
+      begins: bool `[N]`, where documents begin; BOS may stand there, in front of the text.
+    """
+    is_mark = begins & (tokenizer.token_bytes[tokens] == 0)
+    is_first = begins | np.concatenate([[False], is_mark[:-1]])
+    return np.where(is_first, tokenizer.first_bytes[tokens], tokenizer.token_bytes[tokens])
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, name: str) -> None:
