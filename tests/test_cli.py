@@ -171,7 +171,7 @@ def test_the_flags_of_evaluate_and_generate_arrive(capsys, monkeypatch):
 
     def measure(*arguments, execution, **settings):
         asked.append((*arguments, settings))
-        return perplexity.Perplexity(1.0, 2, 3.0)
+        return perplexity.Perplexity(1.0, 3, 1.0, 2, 3.0)
 
     def write(*arguments, on_text, **settings):
         asked.append((*arguments, settings))

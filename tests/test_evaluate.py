@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import reference
 from model_cases import random_params, tiny
-from prepared import DOCUMENTS, run_prepare, stream, write_lines
+from prepared import DOCUMENTS, run_prepare, stream, texts, write_lines
 
 from mobilellm_jax.data.dataset import Dataset
-from mobilellm_jax.data.loader import open_split
+from mobilellm_jax.data.loader import RecordSource, open_split
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation.perplexity import (
     dataset_perplexity,
@@ -50,41 +50,69 @@ def model(dataset):
     return ModelBundle(config=config, params=random_params(config), tokenizer=tokenizer)
 
 
+def evaluate(model, folder, **settings):
+    settings = {"batch_size": 4, "max_records": None, "execution": Execution()} | settings
+    return dataset_perplexity(model, Dataset.open(folder), "valid", **settings)
+
+
 def test_split_loss_predicts_every_token_but_the_first_once(dataset, model):
+    """Control tokens count for the loss, as in training, and not for the text."""
     tokens = stream(dataset, "valid")
-    result = dataset_perplexity(
-        model, Dataset.open(dataset), "valid", batch_size=4, max_records=None, execution=Execution()
-    )
+    result = evaluate(model, dataset)
     assert result.num_tokens == len(tokens) - 1
-    total = sum(
-        losses_of(model.config, model.params, [tokens[i : i + 25]]).sum()
-        for i in range(0, len(tokens) - 1, 24)
+    starts = range(0, len(tokens) - 1, 24)
+    losses = np.concatenate(
+        [losses_of(model.config, model.params, [tokens[i : i + 25]])[0] for i in starts]
     )
-    np.testing.assert_allclose(result.loss, total / result.num_tokens, rtol=RTOL)
-    np.testing.assert_allclose(result.perplexity, math.exp(total / result.num_tokens), rtol=RTOL)
-    num_bytes = Dataset.open(dataset).header.splits["valid"].num_bytes
-    assert num_bytes > 0
-    np.testing.assert_allclose(result.bits_per_byte, total / math.log(2) / num_bytes, rtol=RTOL)
+    is_text = ~np.isin(tokens[1:], [model.tokenizer.bos_id, model.tokenizer.eos_id])
+    np.testing.assert_allclose(result.loss, losses.mean(), rtol=RTOL)
+    np.testing.assert_allclose(result.perplexity, math.exp(losses.mean()), rtol=RTOL)
+    assert result.num_text_tokens == is_text.sum() < result.num_tokens
+    np.testing.assert_allclose(result.text_loss, losses[is_text].mean(), rtol=RTOL)
+    np.testing.assert_allclose(result.text_perplexity, math.exp(result.text_loss), rtol=RTOL)
+    num_bytes = sum(len(text.encode()) for text in texts(dataset, "valid"))
+    bits = losses[is_text].sum() / math.log(2) / num_bytes
+    np.testing.assert_allclose(result.bits_per_byte, bits, rtol=RTOL)
 
 
-def test_batch_size_does_not_change_the_result(dataset, model):
-    results = [
-        dataset_perplexity(
-            model,
-            Dataset.open(dataset),
-            "valid",
-            batch_size=size,
-            max_records=3,
-            execution=Execution(),
-        )
-        for size in (1, 2, 8)
-    ]
-    assert {result.num_tokens for result in results} == {72}
+def test_bits_per_byte_of_a_part_take_the_bytes_of_its_targets(dataset, model):
+    """The same for every batch size: padding counts for nothing."""
+    results = [evaluate(model, dataset, batch_size=size, max_records=9) for size in (2, 4)]
+    assert {result.num_tokens for result in results} == {9 * 24}
     np.testing.assert_allclose([r.loss for r in results], results[0].loss, rtol=RTOL)
-    # A part of the split has its share of the bytes of all.
-    whole = Dataset.open(dataset).header.splits["valid"]
-    bits = results[0].loss / math.log(2) * whole.num_tokens / whole.num_bytes
+    tokens = np.array(stream(dataset, "valid")[: 9 * 24 + 1])
+    documents = np.split(tokens, np.flatnonzero(tokens == model.tokenizer.bos_id)[1:])
+    written = "".join(model.tokenizer.decode(document) for document in documents)
+    assert len(documents) > 1 and "\ufffd" not in written
+    nats = results[0].text_loss * results[0].num_text_tokens
+    bits = nats / math.log(2) / len(written.encode())
     np.testing.assert_allclose([r.bits_per_byte for r in results], bits, rtol=RTOL)
+
+
+def test_a_loss_mask_leaves_out_nats_and_bytes_alike(dataset, model, monkeypatch):
+    """Only "cat" is learnt: the bits of its tokens, per byte of its tokens."""
+    original = RecordSource.record
+    cat = model.tokenizer.encode("the cat")[1:]
+    assert model.tokenizer.decode(cat) == "cat" and len(cat) == 1
+
+    def record(source, index):
+        found = original(source, index)
+        return dataclasses.replace(found, loss_mask=np.isin(found.tokens, cat))
+
+    everything = evaluate(model, dataset)
+    monkeypatch.setattr(RecordSource, "record", record)
+    result = evaluate(model, dataset)
+    assert 0 < result.num_tokens == result.num_text_tokens < everything.num_tokens
+    num_first = sum(text.startswith("cat") for text in texts(dataset, "valid"))
+    num_bytes = len(" cat") * result.num_tokens - num_first
+    bits = result.text_loss * result.num_text_tokens / math.log(2) / num_bytes
+    np.testing.assert_allclose(result.bits_per_byte, bits, rtol=RTOL)
+    monkeypatch.setattr(
+        RecordSource,
+        "record",
+        lambda *args: dataclasses.replace(original(*args), loss_mask=np.zeros(25, bool)),
+    )
+    assert math.isnan(evaluate(model, dataset).loss)
 
 
 def test_documents_are_masked_as_the_model_was_trained(dataset, model):

@@ -9,6 +9,7 @@ from model_cases import random_params, tiny
 
 from mobilellm_jax.model.execution import Execution, cast_for_compute
 from mobilellm_jax.model.transformer import MobileLLM
+from mobilellm_jax.objectives import cross_entropy
 from mobilellm_jax.objectives.next_token import loss_sum, make_eval_step
 from mobilellm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from mobilellm_jax.training.run_config import default_config
@@ -30,6 +31,8 @@ def make_batch(config=CONFIG):
         "targets": tokens[:, 1:],
         "loss_weights": weights,
         "segment_ids": segments,
+        "text_weights": weights * (tokens[:, 1:] % 3 > 0),  # these two: of evaluation
+        "target_bytes": tokens[:, 1:] % 5,
     }
 
 
@@ -104,10 +107,33 @@ def test_split_batch_takes_rows_in_turn():
     chex.assert_trees_all_equal(parts[:, :, 0], jnp.array([[0, 2, 4, 6], [1, 3, 5, 7]]))
 
 
+def test_evaluation_sums_losses_with_the_weights_of_all_targets_and_of_text():
+    """Weights of any size; in slices of the sequence as well as at once."""
+    state, batch = make_state(), make_batch()
+    scale = np.linspace(0.25, 2, T, dtype=np.float32)
+    batch = batch | {name: batch[name] * scale for name in ("loss_weights", "text_weights")}
+    logits = np.asarray(MobileLLM(CONFIG).apply({"params": state.params}, batch["inputs"]))
+    log_probs = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    losses = -np.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0]
+    weights, text_weights = batch["loss_weights"], batch["text_weights"]
+    expected = [
+        (losses * weights).sum(),
+        weights.sum(),
+        (losses * text_weights).sum(),
+        text_weights.sum(),
+        (batch["target_bytes"] * text_weights).sum(),
+    ]
+    for max_logits in (B * T * CONFIG.vocab_size, B * 3 * CONFIG.vocab_size):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cross_entropy, "_MAX_LOGITS", max_logits)
+            sums = jax.jit(make_eval_step(CONFIG, Execution()))(state.params, batch)
+        np.testing.assert_allclose(sums, expected, rtol=1e-5)
+
+
 def test_documents_are_masked_only_when_asked():
     state, batch = make_state(), make_batch()
     open_loss, masked = (
-        make_eval_step(CONFIG, Execution(), mask_documents=mask)(state.params, batch)[0]
+        make_eval_step(CONFIG, Execution(), mask_documents=mask)(state.params, batch).loss
         for mask in (False, True)
     )
     logits = MobileLLM(CONFIG).apply(
@@ -123,12 +149,12 @@ def test_documents_are_masked_only_when_asked():
 def test_training_masks_documents_and_survives_a_batch_without_targets():
     config, (optimizer, schedule) = tiny(num_layers=1, vocab_size=56), optimizer_and_schedule()
     state, batch = make_state(config), make_batch(config)
-    total, weight = make_eval_step(config, Execution(), mask_documents=True)(state.params, batch)
+    sums = make_eval_step(config, Execution(), mask_documents=True)(state.params, batch)
     for parts in (1, 2):
         options = {"mask_documents": True, "accumulation_steps": parts}
         step = jax.jit(make_train_step(config, Execution(), optimizer, schedule, **options))
         _, metrics = step(state, batch)
-        np.testing.assert_allclose(metrics["loss"], total / weight, rtol=1e-5)
+        np.testing.assert_allclose(metrics["loss"], sums.loss / sums.num_tokens, rtol=1e-5)
         nothing = batch | {"loss_weights": np.zeros((B, T), np.float32)}
         after, metrics = step(state, nothing)
         assert metrics["loss"] == 0 and all_finite(after.params)

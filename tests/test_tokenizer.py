@@ -1,5 +1,6 @@
 """The tokenizer: round trips, LLaMA's conventions, and errors that can be acted on."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,23 @@ def test_the_bytes_of_a_text_do_not_depend_on_where_its_ids_are_cut(tokenizer):
             parts[1][:1] = tokenizer.first_bytes[ids[cut]]
         assert sum(part.sum() for part in parts) == expected, cut
     assert np.flatnonzero(tokenizer.token_bytes == 0).tolist() == [1, 2]  # BOS and EOS
+
+
+def test_control_pieces_have_no_bytes_and_all_others_have_some():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([PROSE] * 3),
+        model_writer=model,
+        vocab_size=39,
+        control_symbols=["<pause>"],
+        user_defined_symbols=["<b>"],
+        minloglevel=2,
+    )
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    ids = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pause>": 3, "<b>": 4}
+    sizes = {piece: tokenizer.token_bytes[i] for piece, i in ids.items()}
+    assert sizes == {"<unk>": len(" \u2047 ".encode()), "<s>": 0, "</s>": 0, "<pause>": 0, "<b>": 3}
+    assert (tokenizer.token_bytes[4:] > 0).all()
 
 
 def test_without_bos_a_text_begins_where_one_is_told(tokenizer):

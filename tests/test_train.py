@@ -132,7 +132,8 @@ def test_a_run_leaves_what_one_expects(home):
     evals = [r for r in records if "eval/loss" in r]
     assert [r["step"] for r in evals] == [4, 8, 12]
     assert evals[-1]["eval/loss"] < evals[0]["eval/loss"]
-    assert {"eval/perplexity", "eval/bits_per_byte"} <= evals[0].keys()
+    names = ("loss", "perplexity", "text_loss", "text_perplexity", "bits_per_byte")
+    assert {f"eval/{name}" for name in names} <= evals[0].keys()
     logged = read_metrics(workdir)[-2]
     assert logged["throughput/tokens_per_second"] > 0 and 0 < logged["throughput/mfu"] < 1
     assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -27,6 +27,7 @@ from grain.experimental import index_shuffle
 from mobilellm_jax.data.dataset import Dataset
 from mobilellm_jax.data.records import Record, checksum_seed, decode_record
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.tokenizers.tokenizer import Tokenizer, text_bytes
 
 Batch = dict[str, np.ndarray]
 _MAX_RECORDS = 1 << 40
@@ -46,6 +47,7 @@ class RecordSource:
         self.directory = Path(dataset.directory)
         self.split = split
         self.header = dataset.header
+        self.tokenizer = dataset.tokenizer
         if split not in self.header.splits:
             raise UserError(
                 f"{dataset.directory}: no {split!r} split, only "
@@ -233,17 +235,22 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every record of a split once, in the order of the text; ``rows`` as in ``train_batches``.
 
+    Beside the arrays of ``train_batches`` a batch has text_weights, float32 [len(rows), T]: the
+    loss_weights, but 0 for control tokens (BOS, EOS, ...), which stand for no text; and
+    target_bytes, int32: the UTF-8 bytes that each target adds to the text of its document.
+
     The number of batches is the same in every process; rows that the last one lacks are padding
     (loss_weights 0). ``max_records`` limits the evaluation to the first records.
     """
     num_records = len(source) if max_records is None else min(max_records, len(source))
     rows = range(batch_size) if rows is None else rows
     no_tokens = np.zeros(source.header.sequence_length + 1, np.int32)
-    padding = _row(Record(no_tokens, 0, np.zeros(0, np.int32)))
+    padding = Record(no_tokens, 0, np.zeros(0, np.int32))
 
     def batch_of(number: int) -> Batch:
         indices = [number * batch_size + int(row) for row in rows]
-        return _stack([source[i] if i < num_records else padding for i in indices])
+        records = [source.record(i) if i < num_records else padding for i in indices]
+        return _stack([_row(r) | _text_part(r, source.tokenizer) for r in records])
 
     numbers = range(math.ceil(num_records / batch_size))
     return _prefetched(numbers, batch_of, num_threads=2, prefetch=4)
@@ -253,15 +260,30 @@ def _row(record: Record) -> Batch:
     """Inputs, targets, loss weights and segment ids of one record, [T] each."""
     sequence_length = len(record.tokens) - 1
     position = np.arange(sequence_length)
-    begins = np.zeros(sequence_length, np.int32)
-    begins[record.starts[record.starts < sequence_length]] = 1
-    begins[0] = 1  # what a record begins with, from its middle or not, is its first segment
+    begins = _begins(record)[:-1]
+    begins[0] = True  # what a record begins with, from its middle or not, is its first segment
     return {
         "inputs": record.tokens[:-1],
         "targets": record.tokens[1:],
         "loss_weights": _learnt_targets(record).astype(np.float32),
         "segment_ids": np.where(position < record.num_valid, np.cumsum(begins), 0).astype(np.int32),
     }
+
+
+def _text_part(record: Record, tokenizer: Tokenizer) -> Batch:
+    """What only evaluation asks of a record: text_weights and target_bytes, [T] each."""
+    is_text = tokenizer.token_bytes[record.tokens[1:]] > 0
+    return {
+        "text_weights": (_learnt_targets(record) & is_text).astype(np.float32),
+        "target_bytes": text_bytes(tokenizer, record.tokens, _begins(record))[1:],
+    }
+
+
+def _begins(record: Record) -> np.ndarray:
+    """Where documents begin, bool [T + 1]."""
+    begins = np.zeros(len(record.tokens), bool)
+    begins[record.starts[record.starts < len(begins)]] = True
+    return begins
 
 
 def _learnt_targets(record: Record) -> np.ndarray:

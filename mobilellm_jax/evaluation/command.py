@@ -10,6 +10,9 @@ _EPILOG = """\
 examples:
   mobilellm evaluate --checkpoint runs/125m --data data/corpus
   mobilellm evaluate --checkpoint runs/125m --text wiki.test.raw --protocol official
+
+loss and perplexity are those of all predicted tokens, as in training; text_loss, text_perplexity
+and bits_per_byte leave out control tokens (BOS, EOS, ...), which stand for no text.
 """
 
 
@@ -87,15 +90,10 @@ def main(args: argparse.Namespace) -> None:
             max_records=args.max_records,
             execution=execution(dataset.header.sequence_length),
         )
-    figures = {
-        "loss": result.loss,
-        "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte,
-        "num_tokens": result.num_tokens,
-    }
+    figures = result.figures()
     print(f"{args.checkpoint} on {what}:")
     for name, value in figures.items():
-        print(f"  {name:<14}{value:,}" if isinstance(value, int) else f"  {name:<14}{value:.4f}")
+        print(f"  {name:<17}{value:,}" if isinstance(value, int) else f"  {name:<17}{value:.4f}")
     if args.output:
         try:
             with open(args.output, "w", encoding="utf-8") as file:

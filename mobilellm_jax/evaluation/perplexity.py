@@ -16,36 +16,65 @@ from mobilellm_jax.data.loader import RecordSource, eval_batches
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.execution import Execution
 from mobilellm_jax.model_bundle import ModelBundle
-from mobilellm_jax.objectives.next_token import make_eval_step
+from mobilellm_jax.objectives.next_token import EvalSums, make_eval_step
 from mobilellm_jax.storage.paths import local_path
 
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """A measured loss.
+    """A measured loss; where a record has a loss mask, that of the targets which it has.
 
     Attributes:
-      loss: mean negative log-likelihood in nats per predicted token.
+      loss: mean negative log-likelihood in nats per predicted token, as in training: control tokens
+        (BOS, EOS, ...) are among them.
       num_tokens: predicted tokens.
-      bits_per_byte: bits per UTF-8 byte of the text; independent of the tokenizer.
+      text_loss: the same without control tokens, which stand for no text.
+      num_text_tokens: predicted tokens without control tokens.
+      bits_per_byte: bits of the text per UTF-8 byte of it: comparable between tokenizers.
     """
 
     loss: float
     num_tokens: int
+    text_loss: float
+    num_text_tokens: int
     bits_per_byte: float
 
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
-        return math.exp(min(self.loss, 700.0))
+        return _exp(self.loss)
+
+    @property
+    def text_perplexity(self) -> float:
+        """exp(text_loss)."""
+        return _exp(self.text_loss)
+
+    def figures(self) -> dict[str, float]:
+        """All of them by name."""
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "num_tokens": self.num_tokens,
+            "text_loss": self.text_loss,
+            "text_perplexity": self.text_perplexity,
+            "num_text_tokens": self.num_text_tokens,
+            "bits_per_byte": self.bits_per_byte,
+        }
 
     def metrics(self) -> dict[str, float]:
-        """Under the names of the training log."""
-        return {
-            "eval/loss": self.loss,
-            "eval/perplexity": self.perplexity,
-            "eval/bits_per_byte": self.bits_per_byte,
-        }
+        """Those that the training log has, under its names."""
+        return {f"eval/{k}": v for k, v in self.figures().items() if not k.startswith("num_")}
+
+
+def _exp(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan
 
 
 def split_perplexity(
@@ -53,22 +82,28 @@ def split_perplexity(
 ) -> Perplexity:
     """Runs `eval_step(params, batch)` over `batches` and sums up.
 
-    Every token of the split but the first is predicted once. The bytes are those of the whole
-    split, in proportion to the tokens when only part of it is evaluated.
+    Every token of the split but the first is predicted once. The bytes are those of the split's
+    text; where only some of its targets count, the bytes that these stand for.
 
     Args:
       eval_step: from `objectives.next_token.make_eval_step`, jitted.
       batches: device batches of the split.
       source: the split.
     """
-    total, num_tokens = 0.0, 0.0
+    sums = np.zeros(len(EvalSums._fields))
     for batch in batches:
-        batch_total, batch_tokens = jax.device_get(eval_step(params, batch))
-        total, num_tokens = total + float(batch_total), num_tokens + float(batch_tokens)
-    loss = total / num_tokens
-    info = source.header.splits[source.split]
-    bytes_per_token = info.num_bytes / info.num_tokens if info.num_bytes else math.nan
-    return Perplexity(loss, int(num_tokens), loss / math.log(2) / bytes_per_token)
+        sums += jax.device_get(eval_step(params, batch))
+    total = EvalSums(*sums.tolist())
+    split = source.header.splits[source.split]
+    counts_all = total.num_tokens == split.num_tokens
+    num_bytes = split.num_bytes if counts_all else total.num_bytes
+    return Perplexity(
+        loss=_ratio(total.loss, total.num_tokens),
+        num_tokens=round(total.num_tokens),
+        text_loss=_ratio(total.text_loss, total.num_text_tokens),
+        num_text_tokens=round(total.num_text_tokens),
+        bits_per_byte=_ratio(total.text_loss / math.log(2), num_bytes),
+    )
 
 
 def dataset_perplexity(
@@ -160,7 +195,7 @@ def official_perplexity(
             f"the text has {len(ids)} tokens, the official protocol needs at least {chunk}"
         )
     eval_step = jax.jit(make_eval_step(model.config, execution))
-    losses = []
+    losses, weights = [], jnp.ones((1, chunk - 1), jnp.float32)
     for row in tqdm(
         ids[: num_chunks * chunk].reshape(num_chunks, chunk), unit="chunk", disable=not progress
     ):
@@ -168,11 +203,13 @@ def official_perplexity(
             "inputs": jnp.asarray(row[None, :-1]),
             "targets": jnp.asarray(row[None, 1:]),
             "segment_ids": jnp.ones((1, chunk - 1), jnp.int32),
-            "loss_weights": jnp.ones((1, chunk - 1), jnp.float32),
+            "loss_weights": weights,
+            "text_weights": weights,  # encoding a text makes no control tokens of it
+            "target_bytes": jnp.zeros((1, chunk - 1), jnp.int32),  # shared out below
         }
-        total, count = eval_step(model.params, batch)
-        losses.append(float(total) / float(count))
+        sums = eval_step(model.params, batch)
+        losses.append(float(sums.loss) / float(sums.num_tokens))
     loss = float(np.mean(losses))
     num_predicted = num_chunks * (chunk - 1)
-    num_bytes = len(text.encode()) * num_predicted / len(ids)
-    return Perplexity(loss, num_predicted, loss * num_predicted / math.log(2) / num_bytes)
+    bits = loss / math.log(2) * len(ids) / len(text.encode())
+    return Perplexity(loss, num_predicted, loss, num_predicted, bits)

@@ -49,6 +49,17 @@ def cross_entropy_sum(
     return _cross_entropy_sum(hidden_BTD, head, targets_BT, weights_BT, slices)
 
 
+def cross_entropy(
+    hidden_BTD: jax.Array, head: ShardedGradTable, targets_BT: jax.Array
+) -> jax.Array:
+    """-log p(target) of each token, fp32 nats `[B, T]`; for evaluation, arguments as above."""
+    num_shards, vocab_size, _ = head.shards.shape
+    slices = num_slices(*targets_BT.shape, vocab_size, num_shards)
+    parts = _sequence_slices(slices, hidden_BTD, targets_BT)
+    _, losses_SBC = lax.scan(lambda _, part: (None, _losses(head.values, *part)[0]), None, parts)
+    return jnp.moveaxis(losses_SBC, 0, 1).reshape(targets_BT.shape)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _cross_entropy_sum(hidden_BTD, head, targets_BT, weights_BT, slices):
     total, _ = lax.scan(
@@ -69,7 +80,7 @@ def _sequence_slices(slices, *arrays):
     return tuple(split(x) for x in arrays)
 
 
-def _slice_loss(head_VD, hidden_BCD, targets_BC, weights_BC):
+def _losses(head_VD, hidden_BCD, targets_BC):
     with jax.named_scope("head"):
         logits = jnp.einsum(
             "BCD,VD->BCV",
@@ -79,7 +90,12 @@ def _slice_loss(head_VD, hidden_BCD, targets_BC, weights_BC):
         )
     normalizer_BC = jax.nn.logsumexp(logits, axis=-1)
     of_target_BC = jnp.take_along_axis(logits, targets_BC[..., None], axis=-1)[..., 0]
-    return jnp.sum((normalizer_BC - of_target_BC) * weights_BC), logits, normalizer_BC
+    return normalizer_BC - of_target_BC, logits, normalizer_BC
+
+
+def _slice_loss(head_VD, hidden_BCD, targets_BC, weights_BC):
+    losses_BC, logits, normalizer_BC = _losses(head_VD, hidden_BCD, targets_BC)
+    return jnp.sum(losses_BC * weights_BC), logits, normalizer_BC
 
 
 def _forward(hidden_BTD, head, targets_BT, weights_BT, slices):

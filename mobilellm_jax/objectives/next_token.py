@@ -1,11 +1,13 @@
 """Next-token prediction: the loss of a batch, for training and for evaluation."""
 
+from typing import NamedTuple
+
 import jax
 
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.execution import Execution, cast_for_compute
 from mobilellm_jax.model.transformer import MobileLLM
-from mobilellm_jax.objectives.cross_entropy import cross_entropy_sum
+from mobilellm_jax.objectives.cross_entropy import cross_entropy, cross_entropy_sum
 from mobilellm_jax.objectives.embedding_gradient import BatchShards, look_up, sharded_grad_table
 
 
@@ -25,6 +27,12 @@ def loss_sum(
       mask_documents: whether a token attends to its own document only.
       shards: of the batch, on a mesh.
     """
+    hidden, head = _hidden_and_head(params, batch, config, execution, mask_documents, shards)
+    with jax.named_scope("loss"):
+        return cross_entropy_sum(hidden, head, batch["targets"], batch["loss_weights"])
+
+
+def _hidden_and_head(params, batch, config, execution, mask_documents, shards):
     model = MobileLLM(config, execution)
     segment_ids = batch["segment_ids"] if mask_documents else None
     embedding = sharded_grad_table(params["embedding"], execution.dtype, shards)
@@ -34,8 +42,25 @@ def loss_sum(
     with jax.named_scope("embed"):
         embedded = look_up(embedding, batch["inputs"])
     hidden = model.apply({"params": params}, embedded, segment_ids, method="transform")
-    with jax.named_scope("loss"):
-        return cross_entropy_sum(hidden, head, batch["targets"], batch["loss_weights"])
+    return hidden, head
+
+
+class EvalSums(NamedTuple):
+    """Sums over the targets of a batch, fp32 scalars.
+
+    Attributes:
+      loss: weighted nats of all targets.
+      num_tokens: their weights.
+      text_loss: weighted nats of the targets that stand for text: control tokens do not.
+      num_text_tokens: their weights.
+      num_bytes: weighted UTF-8 bytes of the targets.
+    """
+
+    loss: jax.Array
+    num_tokens: jax.Array
+    text_loss: jax.Array
+    num_text_tokens: jax.Array
+    num_bytes: jax.Array
 
 
 def make_eval_step(
@@ -45,11 +70,23 @@ def make_eval_step(
     mask_documents: bool = False,
     shards: BatchShards = BatchShards(),
 ):
-    """Builds `eval_step(params, batch) -> (sum of losses in nats, sum of weights)`, fp32."""
+    """Builds `eval_step(params, batch) -> EvalSums`.
 
-    def eval_step(params: dict, batch: dict[str, jax.Array]):
-        weights = cast_for_compute(params, execution.dtype)
-        total = loss_sum(weights, batch, config, execution, mask_documents, shards)
-        return total, batch["loss_weights"].sum()
+    The batch is one of `data.loader.eval_batches`: what `loss_sum` takes, with "text_weights" (fp32
+    `[B, T]`) and "target_bytes" (int32).
+    """
+
+    def eval_step(params: dict, batch: dict[str, jax.Array]) -> EvalSums:
+        params = cast_for_compute(params, execution.dtype)
+        hidden, head = _hidden_and_head(params, batch, config, execution, mask_documents, shards)
+        losses = cross_entropy(hidden, head, batch["targets"])
+        weights, text_weights = batch["loss_weights"], batch["text_weights"]
+        return EvalSums(
+            loss=(losses * weights).sum(),
+            num_tokens=weights.sum(),
+            text_loss=(losses * text_weights).sum(),
+            num_text_tokens=text_weights.sum(),
+            num_bytes=(batch["target_bytes"] * text_weights).sum(),
+        )
 
     return eval_step
