@@ -66,7 +66,7 @@ class RecordSource:
 
     def __getitem__(self, index: int) -> Batch:
         """The arrays of one row, [T] each, as in ``train_batches``."""
-        return _row(self.record(index))
+        return _row(self.record(index), across_documents=True)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
         return [self[index] for index in indices]
@@ -182,6 +182,7 @@ def train_batches(
     seed: int,
     global_batch_size: int,
     sequence_length: int,
+    across_documents: bool = True,
     start_step: int = 0,
     num_steps: int | None = None,
     rows: Sequence[int] | None = None,
@@ -198,6 +199,8 @@ def train_batches(
       seed: decides the order.
       global_batch_size: B, records per step over all processes.
       sequence_length: T; must be that of the datasets.
+      across_documents: whether the last token of a document is to predict the first of the next
+        one; if not, that target has the weight 0.
       num_steps: the step at which the run ends, whatever ``start_step`` is.
       rows: which of the B rows to make, in this order, as each process loads those of its own
         devices; None makes all.
@@ -205,7 +208,8 @@ def train_batches(
 
     Yields:
       Dicts of arrays [len(rows), T]: inputs, targets and segment_ids (number of the document within
-      its record, from 1; 0 is padding), all int32, and loss_weights, float32, 0 for padding.
+      its record, from 1; 0 is padding), all int32, and loss_weights, float32, 0 for padding
+      and whatever else is not learnt.
 
     Raises:
       UserError: datasets that are damaged or do not go together, at once; a damaged record, when
@@ -220,7 +224,8 @@ def train_batches(
 
     def batch_of(step: int) -> Batch:
         places = [order(step * global_batch_size + int(row)) for row in rows]
-        return _stack([sources[dataset][index] for dataset, index in places])
+        records = [sources[dataset].record(index) for dataset, index in places]
+        return _stack([_row(record, across_documents) for record in records])
 
     stop = sys.maxsize if num_steps is None else num_steps
     return _prefetched(range(start_step, stop), batch_of, num_threads, prefetch)
@@ -231,9 +236,10 @@ def eval_batches(
     *,
     batch_size: int,
     max_records: int | None = None,
+    across_documents: bool = True,
     rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Every record of a split once, in the order of the text; ``rows`` as in ``train_batches``.
+    """Every record of a split once, in the order of the text; arguments as of ``train_batches``.
 
     Beside the arrays of ``train_batches`` a batch has text_weights, float32 [len(rows), T]: the
     loss_weights, but 0 for control tokens (BOS, EOS, ...), which stand for no text; and
@@ -250,13 +256,13 @@ def eval_batches(
     def batch_of(number: int) -> Batch:
         indices = [number * batch_size + int(row) for row in rows]
         records = [source.record(i) if i < num_records else padding for i in indices]
-        return _stack([_row(r) | _text_part(r, source.tokenizer) for r in records])
+        return _stack([_eval_row(r, across_documents, source.tokenizer) for r in records])
 
     numbers = range(math.ceil(num_records / batch_size))
     return _prefetched(numbers, batch_of, num_threads=2, prefetch=4)
 
 
-def _row(record: Record) -> Batch:
+def _row(record: Record, across_documents: bool) -> Batch:
     """Inputs, targets, loss weights and segment ids of one record, [T] each."""
     sequence_length = len(record.tokens) - 1
     position = np.arange(sequence_length)
@@ -265,16 +271,17 @@ def _row(record: Record) -> Batch:
     return {
         "inputs": record.tokens[:-1],
         "targets": record.tokens[1:],
-        "loss_weights": _learnt_targets(record).astype(np.float32),
+        "loss_weights": _learnt_targets(record, across_documents).astype(np.float32),
         "segment_ids": np.where(position < record.num_valid, np.cumsum(begins), 0).astype(np.int32),
     }
 
 
-def _text_part(record: Record, tokenizer: Tokenizer) -> Batch:
-    """What only evaluation asks of a record: text_weights and target_bytes, [T] each."""
-    is_text = tokenizer.token_bytes[record.tokens[1:]] > 0
-    return {
-        "text_weights": (_learnt_targets(record) & is_text).astype(np.float32),
+def _eval_row(record: Record, across_documents: bool, tokenizer: Tokenizer) -> Batch:
+    """A row with what only evaluation asks for: text_weights and target_bytes, [T] each."""
+    row = _row(record, across_documents)
+    is_text = tokenizer.token_bytes[row["targets"]] > 0
+    return row | {
+        "text_weights": row["loss_weights"] * is_text,
         "target_bytes": text_bytes(tokenizer, record.tokens, _begins(record))[1:],
     }
 
@@ -286,10 +293,12 @@ def _begins(record: Record) -> np.ndarray:
     return begins
 
 
-def _learnt_targets(record: Record) -> np.ndarray:
-    """Whether the loss counts each target, bool [T]: it is no padding and the mask has it."""
-    is_valid = np.arange(1, len(record.tokens)) < record.num_valid
-    return is_valid if record.loss_mask is None else is_valid & record.loss_mask[1:]
+def _learnt_targets(record: Record, across_documents: bool) -> np.ndarray:
+    """Whether the loss counts each target, bool [T]: no padding, and in the mask."""
+    is_learnt = np.arange(1, len(record.tokens)) < record.num_valid
+    if not across_documents:
+        is_learnt &= ~_begins(record)[1:]
+    return is_learnt if record.loss_mask is None else is_learnt & record.loss_mask[1:]
 
 
 def _stack(rows: list[Batch]) -> Batch:

@@ -16,7 +16,7 @@ from mobilellm_jax.data.loader import RecordSource, eval_batches
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.execution import Execution
 from mobilellm_jax.model_bundle import ModelBundle
-from mobilellm_jax.objectives.next_token import EvalSums, make_eval_step
+from mobilellm_jax.objectives.next_token import EvalSums, make_eval_step, predicts_across_documents
 from mobilellm_jax.storage.paths import local_path
 
 
@@ -127,8 +127,15 @@ def dataset_perplexity(
         )
     source = RecordSource(dataset, split)
     num_records = len(source) if max_records is None else min(max_records, len(source))
-    batches = eval_batches(source, batch_size=batch_size, max_records=max_records)
     mask_documents = bool(model.provenance.mask_documents)
+    batches = eval_batches(
+        source,
+        batch_size=batch_size,
+        max_records=max_records,
+        across_documents=predicts_across_documents(
+            mask_documents, model.provenance.loss_version or 1
+        ),
+    )
     eval_step = make_eval_step(model.config, execution, mask_documents=mask_documents)
     shown = tqdm(batches, total=math.ceil(num_records / batch_size), unit="batch")
     return split_perplexity(jax.jit(eval_step), model.params, shown, source)

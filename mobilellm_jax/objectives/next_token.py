@@ -45,6 +45,19 @@ def _hidden_and_head(params, batch, config, execution, mask_documents, shards):
     return hidden, head
 
 
+# What `predicts_across_documents` goes by; saved with a model, which had 1 where none is saved.
+LOSS_VERSION = 2
+
+
+def predicts_across_documents(mask_documents: bool, loss_version: int) -> bool:
+    """Whether the last token of a document is to predict the first of the next one.
+
+    Not where attention is confined to a document, as the next one cannot be known from it; but loss
+    version 1 had it so there, too.
+    """
+    return not mask_documents or loss_version < 2
+
+
 class EvalSums(NamedTuple):
     """Sums over the targets of a batch, fp32 scalars.
 

@@ -46,6 +46,7 @@ def default_config(preset: str = "125m") -> ml_collections.ConfigDict:
     # Folder made by `mobilellm prepare`, or a mixture "DIR=0.7,DIR=0.3" (shares of the samples).
     config.data.path = ""
     # Whether a token attends only to its own document, or to all that precedes it in the record.
+    # If so, the last token of a document is not trained to predict the first of the next one.
     config.data.mask_documents = False
 
     config.train = ml_collections.ConfigDict()

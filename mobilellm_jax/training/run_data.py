@@ -13,6 +13,7 @@ from mobilellm_jax.data.dataset import Dataset
 from mobilellm_jax.data.loader import RecordSource, check_mixture
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.objectives.next_token import LOSS_VERSION, predicts_across_documents
 from mobilellm_jax.storage.paths import local_path
 
 
@@ -23,6 +24,7 @@ class RunData:
       datasets: (dataset, weight) of each.
       seq_len: T, the same in all.
       tokenizer: the one that all were made with.
+      loss_version: decides on `across_documents`; a run keeps that which it began with.
 
     Args:
       config: a run config.
@@ -40,6 +42,7 @@ class RunData:
         for dataset, _ in self.datasets:
             check_dataset(dataset, model)
         _check_distinct([dataset for dataset, _ in self.datasets])
+        self.loss_version = LOSS_VERSION
         first, _ = self.datasets[0]
         self.seq_len, self.tokenizer = first.header.sequence_length, first.tokenizer
         check_mixture(
@@ -52,6 +55,11 @@ class RunData:
     def first(self) -> Dataset:
         """The dataset that decides on BOS, and whose valid split is evaluated on."""
         return self.datasets[0][0]
+
+    @property
+    def across_documents(self) -> bool:
+        """Whether the last token of a document is to predict the first of the next one."""
+        return predicts_across_documents(self._config.data.mask_documents, self.loss_version)
 
     @property
     def num_train_tokens(self) -> int:
@@ -109,6 +117,17 @@ class RunData:
                 f"{directory}: the order of samples would change: {'; '.join(different)}. Restore "
                 "these settings, or use another workdir"
             )
+
+    def keep_loss(self, step: int, metadata: Mapping[str, Any]) -> str:
+        """Takes on the loss of a run that goes on after `step`; words for a person, or ""."""
+        if step and metadata.get("mask_documents"):
+            self.loss_version = metadata.get("loss_version", 1)
+        if not (self.across_documents and self._config.data.mask_documents):
+            return ""
+        return (
+            "this run began when the last token of a document was still trained to predict the "
+            "first of the next one; it keeps that loss, a run in a new workdir leaves it out"
+        )
 
     def facts(self) -> dict:
         """All that decides the run, to be compared between its processes."""

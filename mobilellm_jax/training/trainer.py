@@ -131,6 +131,9 @@ class _Run:
         step = jax.device_put(np.int32(restored.step), self.program.state_shardings.step)
         print(f"resuming from step {restored.step:,} in {checkpoints.directory}")
         self.announce_changes(restored)
+        note = self.data.keep_loss(restored.step, restored.metadata)
+        if note and jax.process_index() == 0:
+            print(note)
         return restored.step, TrainState(step, restored.params, opt_state)
 
     def announce_changes(self, restored: Restored) -> None:
@@ -149,6 +152,7 @@ class _Run:
             "position": step * self.config.train.global_batch_size,
             "bos": self.data.first.header.bos,
             "mask_documents": self.config.data.mask_documents,
+            "loss_version": self.data.loss_version,
             "sample_order": self.data.sample_order(),
             "run": json.loads(self.config.to_json_best_effort()),
         }
@@ -274,6 +278,7 @@ class _Run:
             seed=self.config.seed,
             global_batch_size=size,
             sequence_length=self.data.seq_len,
+            across_documents=self.data.across_documents,
             start_step=start_step,
             num_steps=self.config.train.num_steps,
             rows=self.program.local_rows(size),
@@ -302,6 +307,7 @@ class _Run:
             source,
             batch_size=size,
             max_records=self.config.eval.num_records,
+            across_documents=self.data.across_documents,
             rows=self.program.local_rows(size),
         )
         result = split_perplexity(
