@@ -1,4 +1,4 @@
-"""Tables for the screen and for Markdown files."""
+"""Tables and numbers for the screen and for Markdown files."""
 
 from collections.abc import Sequence
 
@@ -10,3 +10,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = [cell.ljust(width) for cell, width in zip(header, widths, strict=True)]
     lines = [head, ["-" * width for width in widths], *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: float) -> str:
+    """A loss, a perplexity, ...: four decimals, or four digits and an exponent if it is large."""
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3e}"

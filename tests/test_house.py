@@ -156,10 +156,11 @@ ARROWS = {
     "huggingface": "errors machine model model_bundle storage tokenizers",
     "checkpoints": "errors huggingface model model_bundle storage tokenizers",
     "inference": "checkpoints errors machine model model_bundle storage tokenizers",
-    "evaluation": "checkpoints data errors machine model model_bundle objectives storage",
+    "evaluation": "checkpoints data errors machine model model_bundle objectives storage tables",
     "export": "checkpoints errors huggingface inference machine model model_bundle storage tables "
     "tokenizers",
-    "training": "checkpoints data errors evaluation machine model objectives storage tokenizers",
+    "training": "checkpoints data errors evaluation machine model objectives storage tables "
+    "tokenizers",
     "planning": "errors machine model storage tables training",
     "cli": "data errors evaluation export inference machine planning training",
     "__main__": "cli",

@@ -225,6 +225,20 @@ def test_progress_lines_are_readable(tmp_path, clock, capsys):
     ]
 
 
+def test_large_figures_are_shown_with_an_exponent(tmp_path, clock, capsys):
+    log = open_log(tmp_path)
+    log.log_train(1, {"train/loss": 276.5, "train/grad_norm": 1.25e30})
+    log.log_eval(1, {"eval/loss": 276.5, "eval/perplexity": math.exp(276.5)})
+    log.log_eval(1, {"eval/loss": 2e7, "eval/perplexity": math.inf})
+    log.close()
+    lines = [line.split(" | ", 1)[1] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "loss 276.5000 | grad 1.25e+30 | 0:00:00 elapsed",
+        "loss 276.5000 | perplexity 1.209e+120",
+        "loss 2.000e+07 | perplexity inf",
+    ]
+
+
 @pytest.mark.parametrize(
     "value, text",
     [(0.5, "0.5"), (950, "950"), (412_300, "412k"), (3_170_000, "3.17M"), (999_900, "1M")],

@@ -5,6 +5,7 @@ import json
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.paths import path_flag
+from mobilellm_jax.tables import number
 
 _EPILOG = """\
 examples:
@@ -93,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
     figures = result.figures()
     print(f"{args.checkpoint} on {what}:")
     for name, value in figures.items():
-        print(f"  {name:<17}{value:,}" if isinstance(value, int) else f"  {name:<17}{value:.4f}")
+        print(f"  {name:<17}{f'{value:,}' if isinstance(value, int) else number(value)}")
     if args.output:
         try:
             with open(args.output, "w", encoding="utf-8") as file:

@@ -20,6 +20,7 @@ from absl import logging
 
 from mobilellm_jax.storage.atomic import write_file
 from mobilellm_jax.storage.paths import local_path
+from mobilellm_jax.tables import number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -121,7 +122,7 @@ class MetricsLog:
         record = {name: float(value) for name, value in values.items()}
         with self.paused():
             self._write(step, record)
-            parts = [f"{name.removeprefix('eval/')} {value:.4f}" for name, value in record.items()]
+            parts = [f"{name.removeprefix('eval/')} {number(v)}" for name, v in record.items()]
             self._print("eval", step, parts)
             if self._enabled:
                 plot_loss(self._workdir)
@@ -229,9 +230,9 @@ def _open_tensorboard(folder: Path, resume_step: int):
 
 def _train_parts(record: Mapping[str, float]) -> list[str]:
     formats = {
-        "train/loss": lambda v: f"loss {v:.4f}",
+        "train/loss": lambda v: f"loss {number(v)}",
         "train/learning_rate": lambda v: f"lr {v:.2e}",
-        "train/grad_norm": lambda v: f"grad {v:.2f}",
+        "train/grad_norm": lambda v: f"grad {v:.2f}" if v < 1e6 else f"grad {v:.2e}",
         "throughput/tokens_per_second": lambda v: f"{_humanise(v)} tok/s",
         "throughput/mfu": lambda v: f"MFU {v:.1%}",
     }
