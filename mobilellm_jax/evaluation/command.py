@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import math
+from pathlib import Path
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.atomic import check_can_write, write_file
 from mobilellm_jax.storage.paths import path_flag
 from mobilellm_jax.tables import number
 
@@ -65,6 +68,9 @@ def main(args: argparse.Namespace) -> None:
     for flag in ("batch_size", "max_records"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UserError(f"--{flag} {value}: use 1 or more")
+    output = Path(args.output).resolve() if args.output else None
+    if output:
+        check_can_write(output)
     split = args.split or "valid"
     use_compilation_cache()
     model = load_text_model(args.checkpoint, args.tokenizer)
@@ -95,9 +101,11 @@ def main(args: argparse.Namespace) -> None:
     print(f"{args.checkpoint} on {what}:")
     for name, value in figures.items():
         print(f"  {name:<17}{f'{value:,}' if isinstance(value, int) else number(value)}")
-    if args.output:
+    if output:
+        # JSON has no infinity; metrics.jsonl has null there, too.
+        figures = {name: v if math.isfinite(v) else None for name, v in figures.items()}
+        values = {"checkpoint": args.checkpoint, "on": what, **figures}
         try:
-            with open(args.output, "w", encoding="utf-8") as file:
-                json.dump({"checkpoint": args.checkpoint, "on": what, **figures}, file, indent=2)
+            write_file(output, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
         except OSError as error:
             raise UserError(f"{args.output}: cannot be written ({error.strerror})") from error

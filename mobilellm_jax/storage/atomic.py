@@ -91,6 +91,29 @@ def lock_folder(folder: Path, message: str) -> int:
     return descriptor
 
 
+def check_can_write(path: Path) -> None:
+    """Whether `write_file` could write `path`, found out before the work that leads to its content.
+
+    Nothing that is there is touched.
+
+    Raises:
+      UserError: no such folder, no permission, or no file to be replaced.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is a {'folder' if path.is_dir() else 'device'}; name a file")
+    try:
+        if path.exists():
+            os.close(os.open(path, os.O_WRONLY))  # a file without permission to write is kept
+        temporary = path.with_name(f".{path.name}.tmp")
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666))
+        temporary.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); name a file in a folder that is there "
+            "and may be written to"
+        ) from error
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Writes `path` so that it holds either what it held before or all of `content`."""
     temporary = path.with_name(f".{path.name}.tmp")
