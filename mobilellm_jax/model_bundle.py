@@ -7,7 +7,15 @@ from typing import Any
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.tokenizers.tokenizer import Tokenizer
 
-_KNOWN = ("bos", "chat_template", "stop_ids", "step", "mask_documents", "loss_version")
+_KNOWN = (
+    "bos",
+    "chat_template",
+    "stop_ids",
+    "step",
+    "mask_documents",
+    "loss_version",
+    "sequence_length",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,12 +46,14 @@ class Provenance:
       step: updates done.
       mask_documents: whether attention was confined to one document.
       loss_version: `objectives.next_token.LOSS_VERSION` of the training.
+      sequence_length: tokens of a training sequence.
       other: further JSON values that came with the model and go along with it.
     """
 
     step: int | None = None
     mask_documents: bool | None = None
     loss_version: int | None = None
+    sequence_length: int | None = None
     other: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -118,6 +128,7 @@ def read_record(
             step=value("step", int),
             mask_documents=value("mask_documents", bool),
             loss_version=value("loss_version", int),
+            sequence_length=value("sequence_length", int),
             other={k: v for k, v in record.items() if k not in _KNOWN} if keep_other else {},
         ),
     )

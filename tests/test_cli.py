@@ -181,13 +181,38 @@ def test_the_flags_of_evaluate_and_generate_arrive(capsys, monkeypatch):
     monkeypatch.setattr(generation, "generate", write)
     flags = "--checkpoint run --data d --split train --batch_size 3 --max_records 5"
     assert run(capsys, "evaluate", *flags.split())[0] == 0
+    monkeypatch.setattr(perplexity, "official_perplexity", measure)
+    monkeypatch.setattr(perplexity, "official_text", str.upper)
+    for flags, said in (
+        ("", "on t, official protocol:"),
+        ("--chunk 2048", "on t, official protocol:"),
+        ("--chunk 9 --max_chunks 5", "on t, first 5 chunks of 9 tokens: not the official protocol"),
+    ):
+        status, text = run(capsys, "evaluate", *f"--checkpoint run --text t {flags}".split())
+        assert status == 0 and said in text
     flags = "--checkpoint run --prompt a --max_tokens 4 --temperature 2 --top_k 6 --top_p 0.5"
     assert run(capsys, "generate", *flags.split(), "--seed", "7")[0] == 0
     sampling = Sampling(temperature=2.0, top_k=6, top_p=0.5)
     assert asked == [
         (model, dataset, "train", {"batch_size": 3, "max_records": 5}),
+        (model, "T", {"chunk": 2048, "max_chunks": None, "progress": True}),
+        (model, "T", {"chunk": 2048, "max_chunks": None, "progress": True}),
+        (model, "T", {"chunk": 9, "max_chunks": 5, "progress": True}),
         (model, ["a"], {"max_tokens": 4, "sampling": sampling, "seed": 7}),
     ]
+
+
+@pytest.mark.parametrize(
+    ("output", "message"), [("no/f.json", "No such file"), (".", "is a folder")]
+)
+def test_evaluate_refuses_an_output_before_it_reads_a_model(
+    capsys, tmp_path, monkeypatch, output, message
+):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--checkpoint", "absent", "--data", "absent", "--output", output)
+    status, text = run(capsys, "evaluate", *flags)
+    assert status == 2 and message in text and "checkpoint" not in text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_prompt_longer_than_the_context_is_refused(capsys, tmp_path, monkeypatch):

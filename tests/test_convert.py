@@ -148,6 +148,7 @@ def test_the_context_that_was_asked_for_is_that_of_the_file(workdir, tmp_path, c
 
 def test_what_is_known_of_the_training_goes_along(workdir):
     known = {"step": 3, "bos": False, "mask_documents": True, "chat_template": "{{ x }}"}
+    known |= {"loss_version": 2, "sequence_length": 512}
     prompt, provenance = read_record(known | {"run": {}})
     model = dataclasses.replace(load_checkpoint(workdir), prompt=prompt, provenance=provenance)
     assert model.to_record() == known

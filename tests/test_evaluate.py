@@ -1,14 +1,19 @@
 """Perplexity: the official protocol and prepared splits, against plain computations."""
 
+import bz2
 import dataclasses
+import gzip
 import itertools
 import lzma
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import reference
+import zstandard
+from absl import logging
 from model_cases import random_params, tiny
 from prepared import DOCUMENTS, run_prepare, stream, texts, write_lines
 
@@ -16,12 +21,14 @@ from mobilellm_jax.data.dataset import Dataset
 from mobilellm_jax.data.loader import RecordSource, open_split
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation.perplexity import (
+    Perplexity,
     dataset_perplexity,
     official_perplexity,
     official_text,
 )
 from mobilellm_jax.model.execution import Execution
 from mobilellm_jax.model_bundle import ModelBundle, Provenance
+from mobilellm_jax.storage.atomic import check_can_write
 from mobilellm_jax.tokenizers.sentencepiece import SentencePieceTokenizer, train_tokenizer
 
 RTOL = 1e-5
@@ -175,12 +182,57 @@ def test_official_protocol_written_out(model, tmp_path):
     np.testing.assert_allclose(result.bits_per_byte, bits, rtol=RTOL)
 
 
+@pytest.mark.parametrize("trained", [8, None])
+def test_chunks_longer_than_the_training_sequences_get_a_warning(model, trained, monkeypatch):
+    """Where that is not known, the model's max_seq_len has to do."""
+    warnings = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: warnings.append(text % values))
+    model = dataclasses.replace(model, provenance=Provenance(sequence_length=trained))
+    limit = trained or model.config.max_seq_len
+    text = " sat on a mat \n" * 12
+    official_perplexity(model, text, execution=Execution(), chunk=limit + 1, max_chunks=1)
+    assert warnings == []
+    official_perplexity(model, text, execution=Execution(), chunk=limit + 2, max_chunks=1)
+    assert f"chunks of {limit + 2} tokens" in warnings[0] and f"sequences of {limit}" in warnings[0]
+
+
+def test_the_first_chunks_alone_are_measured(model):
+    text = " sat on a mat \n" * 12
+    ids = np.array([model.tokenizer.bos_id, *model.tokenizer.encode(text)])[:40].reshape(2, 20)
+    result = official_perplexity(model, text, execution=Execution(), chunk=20, max_chunks=2)
+    expected = losses_of(model.config, model.params, ids).mean()
+    np.testing.assert_allclose(result.loss, expected, rtol=RTOL)
+    assert result.num_tokens == 2 * 19
+
+
+def test_a_loss_beyond_the_exponential_is_an_infinite_perplexity():
+    result = Perplexity(800.0, 1, 700.0, 1, 1.0)
+    assert result.perplexity == math.inf and result.text_perplexity == math.exp(700)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [
+        (".gz", gzip.compress),
+        (".BZ2", bz2.compress),
+        (".xz", lzma.compress),
+        (".zst", zstandard.compress),
+    ],
+)
+def test_compressed_text_is_read_as_prepare_reads_it(tmp_path, suffix, compress):
+    raw = " \n = Titlé = \n".encode() * 9
+    (tmp_path / "wiki.raw").write_bytes(raw)
+    path = tmp_path / f"wiki.raw{suffix}"
+    path.write_bytes(compress(raw))
+    assert official_text(path) == official_text(tmp_path / "wiki.raw")
+    path.write_bytes(compress(raw)[:-6])
+    with pytest.raises(UserError, match="truncated|damaged"):
+        official_text(path)
+
+
 @pytest.mark.skipif(not WIKITEXT.exists(), reason="the shared WikiText-2 is not here")
-def test_official_text_of_wikitext_2_is_that_of_the_hugging_face_rows(tmp_path):
-    raw = lzma.decompress((WIKITEXT / "wiki.test.raw.xz").read_bytes())
-    path = tmp_path / "wiki.test.raw"
-    path.write_bytes(raw)
-    text = official_text(path)
+def test_official_text_of_wikitext_2_is_that_of_the_hugging_face_rows():
+    text = official_text(WIKITEXT / "wiki.test.raw.xz")
     assert text.count("\n\n") >= 4357  # rows and the blank lines between them
     ids = SentencePieceTokenizer.load(LLAMA).encode(text, bos=True)
     # GPTQ and others, which join the same rows alike, report 341,469 tokens with this tokenizer.
@@ -203,3 +255,25 @@ def test_bad_text_files_are_refused(tmp_path, content, message):
 def test_short_text_is_refused(model):
     with pytest.raises(UserError, match=r"the text has \d+ tokens, .* at least 2048"):
         official_perplexity(model, "too short", execution=Execution())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent/figures.json", "No such file"),
+        ("folder", "is a folder; name a file"),
+        ("locked/figures.json", "Permission denied"),
+        ("kept.json", "Permission denied"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, name, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "locked").mkdir(mode=0o500)
+    (tmp_path / "kept.json").write_text("kept")
+    (tmp_path / "kept.json").chmod(0o400)
+    if message == "Permission denied" and os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=f"{name}: .*{message}"):
+        check_can_write(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "kept.json").read_text() == "kept"

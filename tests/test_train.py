@@ -339,6 +339,7 @@ def test_a_checkpoint_says_how_documents_were_read(home, monkeypatch):
         )
         metadata = run.metadata(5)
         assert (metadata["bos"], metadata["mask_documents"]) == (bos, mask)
+        assert (metadata["loss_version"], metadata["sequence_length"]) == (2, 32)
         assert metadata["position"] == 40 and metadata["run"]["data"]["mask_documents"] == mask
     monkeypatch.setattr(trainer, "MetricsLog", lambda workdir, **settings: settings)
     settings = run.metrics_log(home / "unused", 0)

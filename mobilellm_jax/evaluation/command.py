@@ -45,6 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of --text: chunks of 2048 tokens as in the official MobileLLM eval.py (default: "
         "official, the only one)",
     )
+    add(
+        "--chunk",
+        type=int,
+        metavar="N",
+        help="of --text: tokens per chunk (default: 2048; others are not the official protocol)",
+    )
+    add("--max_chunks", type=int, metavar="N", help="of --text: only the first N chunks")
     add("--batch_size", type=int, metavar="N", help="of --data, in sequences (default: 8)")
     add("--max_records", type=int, metavar="N", help="of --data: only the first N records")
     add("--tokenizer", metavar="FILE", type=path_flag, help="for a folder without tokenizer.model")
@@ -61,13 +68,15 @@ def main(args: argparse.Namespace) -> None:
     from mobilellm_jax.machine.compilation_cache import use_compilation_cache
     from mobilellm_jax.model.execution import Execution, execution_for
 
-    foreign = ("split", "batch_size", "max_records") if args.text else ("protocol",)
+    foreign = (
+        ("split", "batch_size", "max_records") if args.text else ("protocol", "chunk", "max_chunks")
+    )
     for flag in foreign:
         if getattr(args, flag) is not None:
             raise UserError(f"--{flag} has no meaning with --{'text' if args.text else 'data'}")
-    for flag in ("batch_size", "max_records"):
-        if (value := getattr(args, flag)) is not None and value < 1:
-            raise UserError(f"--{flag} {value}: use 1 or more")
+    for flag, least in (("batch_size", 1), ("max_records", 1), ("chunk", 2), ("max_chunks", 1)):
+        if (value := getattr(args, flag)) is not None and value < least:
+            raise UserError(f"--{flag} {value}: use {least} or more")
     output = Path(args.output).resolve() if args.output else None
     if output:
         check_can_write(output)
@@ -79,11 +88,14 @@ def main(args: argparse.Namespace) -> None:
         return execution_for(jax.local_devices()[0], model.config, num_tokens)
 
     if args.text:
-        what = f"{args.text}, official protocol"
+        chunk = args.chunk or perplexity.OFFICIAL_CHUNK
+        what = f"{args.text}, {perplexity.protocol(chunk, args.max_chunks)}"
         result = perplexity.official_perplexity(
             model,
             perplexity.official_text(args.text),
-            execution=execution(perplexity.OFFICIAL_CHUNK - 1),
+            execution=execution(chunk - 1),
+            chunk=chunk,
+            max_chunks=args.max_chunks,
             progress=True,
         )
     else:
@@ -98,6 +110,8 @@ def main(args: argparse.Namespace) -> None:
             execution=execution(dataset.header.sequence_length),
         )
     figures = result.figures()
+    if args.text:  # it has no control tokens
+        figures = {name: value for name, value in figures.items() if "text" not in name}
     print(f"{args.checkpoint} on {what}:")
     for name, value in figures.items():
         print(f"  {name:<17}{f'{value:,}' if isinstance(value, int) else number(value)}")

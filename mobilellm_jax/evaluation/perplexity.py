@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from mobilellm_jax.data.compression import COMPRESSIONS, decompressed
 from mobilellm_jax.data.dataset import Dataset
 from mobilellm_jax.data.loader import RecordSource, eval_batches
 from mobilellm_jax.errors import UserError
@@ -144,22 +145,32 @@ def dataset_perplexity(
 OFFICIAL_CHUNK = 2048
 
 
+def protocol(chunk: int, max_chunks: int | None) -> str:
+    """How `official_perplexity` measures with these arguments, in words."""
+    if chunk == OFFICIAL_CHUNK and max_chunks is None:
+        return "official protocol"
+    part = "" if max_chunks is None else f"first {max_chunks:,} "
+    return f"{part}chunks of {chunk} tokens: not the official protocol (all, of {OFFICIAL_CHUNK})"
+
+
 def official_text(path: str | Path) -> str:
-    """The text of a file as the official script sees it.
+    """The text of a file, compressed or not, as the official script sees it.
 
     The script takes the rows of the Hugging Face dataset `wikitext-2-raw-v1`, where a row is a line
     with its line end, or empty for a blank line, and joins them with a blank line.
 
     Raises:
-      UserError: the file is missing, empty or not UTF-8 text.
+      UserError: the file is missing, damaged, empty or not UTF-8 text.
     """
+    suffix = local_path(path).suffix.lower()
+    compression = suffix if suffix in COMPRESSIONS else ""
     try:
-        raw = local_path(path).read_bytes()
+        raw = b"".join(decompressed(str(path), compression, lambda raw: None))
         text = raw.decode("utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); decompress it?") from error
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
     if not text.strip():
         raise UserError(f"{path}: holds no text")
     lines = text.split("\n")
@@ -174,6 +185,7 @@ def official_perplexity(
     *,
     execution: Execution,
     chunk: int = OFFICIAL_CHUNK,
+    max_chunks: int | None = None,
     progress: bool = False,
 ) -> Perplexity:
     """Perplexity under the protocol of the official `eval.py` (facebookresearch/MobileLLM).
@@ -181,26 +193,27 @@ def official_perplexity(
     The text is tokenised whole with one BOS in front, cut into chunks of `chunk` tokens of which
     the last partial one is dropped, and each chunk predicts its own tokens but the first; the
     result is the exponential of the mean over chunks of their mean losses. Not comparable with
-    sliding-window figures. `bits_per_byte` takes the predicted tokens to have their share of the
-    bytes of the joined text.
+    sliding-window figures, nor with those of other chunks. `bits_per_byte` takes the predicted
+    tokens to have their share of the bytes of the joined text.
+
+    Args:
+      chunk: the official one is 2048; longer ones than the training sequences get a warning.
+      max_chunks: the first so many alone; None takes all.
 
     Raises:
       UserError: fewer tokens than one chunk.
     """
     if model.tokenizer.bos_id is None:
         raise UserError("the tokenizer has no BOS, with which the official protocol begins")
-    if chunk > model.config.max_seq_len:
-        logging.warning(
-            "chunks of %d tokens, but the model is meant for %d: the figure will be poor",
-            chunk,
-            model.config.max_seq_len,
-        )
+    _warn_of_unseen_lengths(model, chunk)
     ids = np.array(model.tokenizer.encode(text, bos=True), np.int32)
     num_chunks = len(ids) // chunk
     if num_chunks == 0:
         raise UserError(
-            f"the text has {len(ids)} tokens, the official protocol needs at least {chunk}"
+            f"the text has {len(ids)} tokens, a chunk needs at least {chunk}: take a longer text, "
+            "or --chunk N, which is not the official protocol"
         )
+    num_chunks = min(num_chunks, max_chunks or num_chunks)
     eval_step = jax.jit(make_eval_step(model.config, execution))
     losses, weights = [], jnp.ones((1, chunk - 1), jnp.float32)
     for row in tqdm(
@@ -220,3 +233,15 @@ def official_perplexity(
     num_predicted = num_chunks * (chunk - 1)
     bits = loss / math.log(2) * len(ids) / len(text.encode())
     return Perplexity(loss, num_predicted, loss, num_predicted, bits)
+
+
+def _warn_of_unseen_lengths(model: ModelBundle, chunk: int) -> None:
+    trained = model.provenance.sequence_length or model.config.max_seq_len
+    if chunk - 1 > trained:
+        logging.warning(
+            "chunks of %d tokens, but the model was trained on sequences of %d and knows no "
+            "position beyond: the figure may be poor; --chunk %d stays within them",
+            chunk,
+            trained,
+            trained,
+        )

@@ -153,6 +153,7 @@ class _Run:
             "bos": self.data.first.header.bos,
             "mask_documents": self.config.data.mask_documents,
             "loss_version": self.data.loss_version,
+            "sequence_length": self.data.seq_len,
             "sample_order": self.data.sample_order(),
             "run": json.loads(self.config.to_json_best_effort()),
         }
