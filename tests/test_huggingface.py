@@ -160,6 +160,28 @@ def test_a_model_saved_by_transformers_gives_the_same_logits_here(tied, tmp_path
     assert_same_logits(config, params, tmp_path / "model")
 
 
+@pytest.mark.parametrize("tied", [None, False, True])
+@pytest.mark.parametrize("lost", [None, "lm_head.weight", "model.embed_tokens.weight"])
+def test_a_matrix_that_transformers_would_draw_at_random_is_refused(tied, lost, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = dataclasses.replace(TINY, tie_embeddings=False)
+    params = make_params(config)
+    if tied:
+        params["head"] = params["embedding"].T
+    save_hf(tmp_path / "m", config, params)
+    edit_config(tmp_path / "m", mobilellm=None, tie_word_embeddings=tied)
+    if lost:
+        edit_tensors(tmp_path / "m", lambda tensors: tensors.pop(lost))
+    _, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", output_loading_info=True
+    )
+    if loading["missing_keys"]:
+        with pytest.raises(UserError, match=rf"config.json: tie_word_embeddings is .*no {lost}"):
+            load_hf(tmp_path / "m")
+    else:
+        assert_same_logits(*load_hf(tmp_path / "m"), tmp_path / "m")
+
+
 def test_a_shared_model_comes_back_shared_after_transformers_saved_it_again(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

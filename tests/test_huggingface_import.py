@@ -62,13 +62,6 @@ def test_published_mobilellm_keys_tie_and_share(saved, caplog):
     assert config.shared_kv == "first_visit"
 
 
-def test_a_missing_head_means_tied_and_is_said(saved, caplog):
-    edit_config(saved, tie_word_embeddings=False)
-    with caplog.at_level(logging.WARNING):
-        assert load_hf(saved)[0].tie_embeddings
-    assert "tied" in caplog.text
-
-
 def test_a_tied_model_of_which_only_the_head_was_saved_is_read(saved, caplog):
     """MobileLLM's first safetensors: huggingface/transformers issue 34759."""
 
@@ -76,7 +69,7 @@ def test_a_tied_model_of_which_only_the_head_was_saved_is_read(saved, caplog):
         tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
 
     edit_tensors(saved, edit)
-    edit_config(saved, tie_word_embeddings=False)
+    edit_config(saved, tie_word_embeddings=False, share_embedding=True)
     with caplog.at_level(logging.WARNING):
         config, params = load_hf(saved)
     assert config == TINY and "read from lm_head.weight" in caplog.text
@@ -169,6 +162,8 @@ def test_sharded_weights_are_read(saved):
         ({"head_dim": 7}, "head_dim"),
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes'"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is false.* no lm_head.weight"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings is absent.* no lm_head.weight"),
     ],
 )
 def test_configs_that_cannot_be_expressed_are_refused_by_key(changes, message, saved):

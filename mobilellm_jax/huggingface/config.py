@@ -5,7 +5,7 @@ model type of our own, each block once, with the code that runs it.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from absl import logging
@@ -145,7 +145,7 @@ def from_hf_config(
     source: str,
     *,
     num_layers: int,
-    has_both: bool,
+    missing: Collection[str],
     shared_kv: str | None,
 ) -> tuple[ModelConfig, tuple[int, ...]]:
     """The model that a config.json describes.
@@ -154,7 +154,7 @@ def from_hf_config(
       values: the content of config.json.
       source: its path, for messages.
       num_layers: layers that the weight files have.
-      has_both: whether they have both an input embedding and a head.
+      missing: the tensors among input embedding and head that they lack.
       shared_kv: the meaning of a layer-shared model; None takes what the file records, else "own".
 
     Returns:
@@ -170,7 +170,7 @@ def from_hf_config(
             blocks = tuple(range(config.num_layers))
         else:
             _check_num_layers(values.get("num_hidden_layers"), "num_hidden_layers", num_layers)
-            plain = _plain_config(values, source, has_both)
+            plain = _plain_config(values, source, missing)
             if OWN_KEY not in values:
                 return _foreign_config(values, source, plain, shared_kv)
             config = _expanded_config(values, source, plain)
@@ -260,7 +260,7 @@ def _check_num_layers(said: Any, key: str, num_layers: int) -> None:
         )
 
 
-def _plain_config(values: Mapping[str, Any], source: str, has_both: bool) -> ModelConfig:
+def _plain_config(values: Mapping[str, Any], source: str, missing: Collection[str]) -> ModelConfig:
     """The config from the Llama keys alone, without layer sharing; defaults as in transformers."""
     embed_dim = _positive(values, "hidden_size", source, int)
     num_heads = _positive(values, "num_attention_heads", source, int)
@@ -278,7 +278,7 @@ def _plain_config(values: Mapping[str, Any], source: str, has_both: bool) -> Mod
         head_dim=_positive(values, "head_dim", source, int, embed_dim // num_heads),
         vocab_size=_positive(values, "vocab_size", source, int),
         max_seq_len=_positive(values, "max_position_embeddings", source, int, 2048),
-        tie_embeddings=_is_tied(values, source, has_both),
+        tie_embeddings=_is_tied(values, source, missing),
         rope_theta=_rope_theta(values, source),
         norm_eps=_positive(values, "rms_norm_eps", source, float, 1e-6),
         init_std=_positive(values, "initializer_range", source, float, 0.02),
@@ -316,8 +316,8 @@ def _check_kind(values: Mapping[str, Any], source: str) -> None:
         logging.warning("%s: ignores unknown keys %s", source, ", ".join(unknown)[:300])
 
 
-def _is_tied(values: Mapping[str, Any], source: str, has_both: bool) -> bool:
-    """Whether input and output embedding are one.
+def _is_tied(values: Mapping[str, Any], source: str, missing: Collection[str]) -> bool:
+    """Whether input and output embedding are one; without a key they are not, as in transformers.
 
     The published MobileLLM configs say `tie_word_embeddings: false` and tie by `share_embedding`.
     """
@@ -326,13 +326,14 @@ def _is_tied(values: Mapping[str, Any], source: str, has_both: bool) -> bool:
     if _flag(values, "share_embedding", source):
         logging.warning("%s: share_embedding ties the embeddings, as MobileLLM means it", source)
         return True
-    if not has_both:
-        logging.warning(
-            "%s: tie_word_embeddings is not true, but the files do not have both an input "
-            "embedding and lm_head.weight; read as tied",
-            source,
+    if missing:
+        said = "is false" if "tie_word_embeddings" in values else "is absent, which means false"
+        raise UserError(
+            f"{source}: tie_word_embeddings {said}, but the weight files have no "
+            f"{' and no '.join(sorted(missing))}; get all files of the model again, or set "
+            "tie_word_embeddings to true if one matrix is both input embedding and head"
         )
-    return not has_both
+    return False
 
 
 def _rope_theta(values: Mapping[str, Any], source: str) -> float:

@@ -166,7 +166,7 @@ def read_hf(path: str | Path, *, shared_kv: str | None = None) -> ModelBundle:
             values,
             str(source),
             num_layers=len({m[1] for name in files.shapes if (m := _LAYER.match(name))}),
-            has_both=embedding in files.shapes and head in files.shapes,
+            missing={embedding, head} - files.shapes.keys(),
             shared_kv=shared_kv,
         )
         if config.tie_embeddings and embedding not in files.shapes and head in files.shapes:
