@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.tokenizers.tokenizer import Tokenizer
 
@@ -103,13 +104,28 @@ class ModelBundle:
         return other | {key: value for key, value in known.items() if value is not None}
 
 
+def check_stop_ids(ids: Any, vocab_size: int, where: str) -> None:
+    """Raises UserError for anything but a list of ids of the vocabulary, or None.
+
+    Args:
+      where: file and key, for the message.
+    """
+    if ids is None:
+        return
+    if not (isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab_size for i in ids)):
+        raise UserError(
+            f"{where} = {ids!r:.120}: expected ids of the vocabulary, 0 to {vocab_size - 1}; "
+            "correct it, or remove it to stop at the tokenizer's EOS"
+        )
+
+
 def read_record(
     record: Mapping[str, Any], *, keep_other: bool = False
 ) -> tuple[PromptFormat, Provenance]:
     """Prompt format and provenance from metadata of any origin.
 
     Args:
-      record: JSON values.
+      record: JSON values; "stop_ids" has passed `check_stop_ids`.
       keep_other: whether keys that mean nothing here become `Provenance.other`.
     """
 
@@ -122,7 +138,7 @@ def read_record(
         PromptFormat(
             bos=value("bos", bool),
             chat_template=value("chat_template", str),
-            stop_ids=None if ids is None else tuple(i for i in ids if type(i) is int),
+            stop_ids=None if ids is None else tuple(ids),
         ),
         Provenance(
             step=value("step", int),

@@ -315,6 +315,12 @@ def test_texts_begin_with_bos_unless_documents_are_known_not_to():
         assert prompt.begins_with_bos is bos
 
 
+def test_stop_ids_outside_the_vocabulary_are_refused(tmp_path, params):
+    save_params(tmp_path, CONFIG, params, metadata={"stop_ids": [2, CONFIG.vocab_size]})
+    with pytest.raises(UserError, match=r"metadata.json: stop_ids = \[2, .*of the vocabulary"):
+        load_checkpoint(tmp_path)
+
+
 def test_only_folders_named_by_a_number_are_steps(tmp_path):
     for name in ("5", "12", "05", "7.tmp", "-1", "best"):
         (tmp_path / name).mkdir()

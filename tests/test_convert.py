@@ -8,11 +8,12 @@ import types
 import jax
 import numpy as np
 import pytest
-from hf_folders import make_params, train_small_tokenizer
+from hf_folders import edit_config, make_params, train_small_tokenizer
 from model_cases import save_params
 from test_tokenizer_json import train
 
 from mobilellm_jax.checkpoints.files import load_checkpoint
+from mobilellm_jax.checkpoints.loading import load_model
 from mobilellm_jax.cli import main
 from mobilellm_jax.export import command
 from mobilellm_jax.export.formats import FORMATS
@@ -152,6 +153,36 @@ def test_what_is_known_of_the_training_goes_along(workdir):
     prompt, provenance = read_record(known | {"run": {}})
     model = dataclasses.replace(load_checkpoint(workdir), prompt=prompt, provenance=provenance)
     assert model.to_record() == known
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FORMATS],
+)
+def test_every_stop_id_of_an_imported_folder_stops_every_format(
+    name, tokenizer_model, tmp_path, capsys
+):
+    needs_runtime(name)
+    save_hf(tmp_path / "hf", CONFIG, make_params(CONFIG), tokenizer_model=tokenizer_model)
+    edit_config(tmp_path / "hf", mobilellm=None, eos_token_id=2, num_hidden_layers=4)
+    generation = tmp_path / "hf" / "generation_config.json"
+    generation.write_text(json.dumps({"eos_token_id": [13, 500]}))
+    status, text = convert(
+        capsys, "--from", "hf", "--input", tmp_path / "hf", "--output", tmp_path / "run"
+    )
+    assert status == 0 and "ends with one of the ids 2, 13, 500" in text
+    assert load_checkpoint(tmp_path / "run").stop_ids == (2, 13, 500)
+    output = tmp_path / "out"
+    status, text = convert(
+        capsys, "--to", name, "--checkpoint", tmp_path / "run", "--output", output
+    )
+    assert status == 0 and "Stops at: 2, 13, 500" in text, text
+    runtime = FORMATS[name].open(output, CONFIG.max_seq_len)
+    assert [i for i in (2, 13, 50, 500) if runtime.stops_at(i)] == [2, 13, 500]
+    if name.startswith("hf"):
+        for file in ("config.json", "generation_config.json"):
+            assert json.loads((output / file).read_text())["eos_token_id"] == [2, 13, 500]
+        assert load_model(output).stop_ids == (2, 13, 500)
 
 
 UNIGRAM = {"model_type": "unigram", "vocab_size": 500}

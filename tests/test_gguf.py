@@ -280,6 +280,12 @@ def test_models_that_gguf_cannot_express_are_refused(changes, weight_type, messa
     assert not list(tmp_path.iterdir())
 
 
+def test_more_stop_ids_than_a_file_can_name_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"stops at 4 ids, \[2, 5, 6, 7\]; .* at most 3"):
+        write(tmp_path / "m.gguf", stop_ids=(2, 5, 6, 7))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_tokenizer_is_refused_as_llama_cpp_would(tmp_path, monkeypatch):
     path = tmp_path / "model.gguf"
     with pytest.raises(UserError, match=r"needs the tokenizer.*give a tokenizer\.model"):

@@ -151,7 +151,7 @@ ARROWS = {
     "machine": "errors",
     "tokenizers": "errors storage",
     "objectives": "model",
-    "model_bundle": "model tokenizers",
+    "model_bundle": "errors model tokenizers",
     "data": "errors storage tables tokenizers",
     "huggingface": "errors machine model model_bundle storage tokenizers",
     "checkpoints": "errors huggingface model model_bundle storage tokenizers",

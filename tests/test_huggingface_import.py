@@ -172,6 +172,36 @@ def test_configs_that_cannot_be_expressed_are_refused_by_key(changes, message, s
         load_hf(saved)
 
 
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", [True, -1, 97, "2", 2.0, [2, 97], [2, None], {"a": 2}])
+def test_stop_ids_that_are_no_ids_are_refused_by_file_and_key(file, value, saved):
+    (saved / "SHA256SUMS").unlink(missing_ok=True)
+    values = json.loads((saved / file).read_text())
+    (saved / file).write_text(json.dumps(values | {"eos_token_id": value}))
+    with pytest.raises(UserError, match=f"model/{file}: eos_token_id = .*0 to 96"):
+        read_hf(saved)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        (None, None, None),
+        (2, None, (2,)),
+        (2, 2, (2,)),
+        (2, [13, 2], (2, 13)),
+        ([2, 13], 5, (2, 13, 5)),
+        (None, [13], (13,)),
+    ],
+)
+def test_answers_end_at_the_ids_of_both_files(config, generation, expected, saved):
+    edit_config(saved, eos_token_id=config)
+    (saved / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    assert read_hf(saved).prompt.stop_ids == expected
+    (saved / "generation_config.json").unlink()
+    if generation is None:
+        assert read_hf(saved).prompt.stop_ids == expected
+
+
 def set_tensor(name, value):
     return lambda tensors: tensors.update({name: value})
 

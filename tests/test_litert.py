@@ -1,6 +1,7 @@
 """`.litertlm` files in LiteRT-LM itself: logits, text, ids, metadata, what is refused."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import importlib.util
 import random
@@ -243,6 +244,25 @@ def test_metadata_has_bos_eos_and_context(folder, open_kind):
 
 
 @pytest.mark.slow
+def test_the_engine_stops_at_every_stop_id_of_the_model(tmp_path):
+    """One of them is no EOS, one has no piece: an added token behind those of tokenizer.model."""
+    config = dataclasses.replace(KINDS["repeat_all-untied-mqa"], vocab_size=701)
+    params, often = dict(random_params(config)), np.ones(701, np.float32)
+    often[[305, 700]] = 4, 3
+    params["head"] = params["head"] * often
+    stops = (EOS, 305, 700)
+    write(tmp_path / "m.litertlm", config, params, stop_ids=stops)
+    runtime, ends = LiteRtLmRuntime(tmp_path / "m.litertlm"), set()
+    for text in ("def main():", "import sys", "class A", "return x", "for i in", "the", "a", "if"):
+        said = runtime.greedy([1, *processor_of("immediate").encode(text)], 40)
+        end = next((place for place, token in enumerate(said) if token in stops), 40)
+        ends |= set(said[end : end + 1])
+        expected = processor_of("immediate").decode(said[:end])
+        assert runtime.greedy_text(text, 40) == expected.partition("\0")[0]
+    assert ends == {305, 700}
+
+
+@pytest.mark.slow
 def test_a_conversation_follows_the_chat_template(open_kind):
     kind = "repeat_all-untied-mqa"
     sampler = litert_lm.SamplerConfig(top_k=1, top_p=1.0, temperature=1.0)
@@ -343,6 +363,7 @@ NOT_FINITE = {"final_norm": {"scale": np.full(24, np.nan, np.float32)}}
         (PLAIN, NOT_FINITE, {}, "final_norm/scale .*NaN"),
         (PLAIN, {}, {"tokenizer_model": None}, "cannot be without a tokenizer"),
         (PLAIN, {}, {"tokenizer_model": train(eos_id=-1)}, "has no EOS"),
+        (PLAIN, {}, {"stop_ids": (2, 705)}, "id 705, for which .* no piece.* 10 unused ids"),
         (PLAIN, {}, {"context_length": CONTEXT + 1}, f"max_seq_len, {CONTEXT}"),
         (PLAIN, {}, {"context_length": 1}, "context_length = 1 is out of range"),
         (PLAIN, {}, {"weight_type": "int4"}, "weight_type = 'int4': use one of fp32, int8"),

@@ -55,6 +55,9 @@ class RuntimeInJax:
         )
         return [int(step[0]) for step in steps]
 
+    def stops_at(self, token):
+        return token == self._tokenizer.eos_id
+
     def encode(self, text):
         return self._tokenizer.encode(self._pieces(text) if self._pieces else text)
 
@@ -110,6 +113,13 @@ def test_logits_that_are_not_numbers_are_found(tokenizer):
 def test_other_ids_are_found(tokenizer):
     lower = RuntimeInJax(tokenizer, pieces=str.lower)
     assert run(lower, tokenizer).problems == ["ids differ in 8 of 8 lines"]
+
+
+def test_a_stop_id_at_which_the_runtime_goes_on_is_found(tokenizer):
+    model = bundle(CONFIG, bos=True, stop_ids=(13, tokenizer.eos_id))
+    model = dataclasses.replace(model, tokenizer=tokenizer)
+    result = verify(model, RuntimeInJax(tokenizer), TOLERANCE, text=TEXT, text_name="a text")
+    assert result.problems == ["does not stop at the ids [13]"]
 
 
 def test_lines_that_spell_out_a_special_token_are_left_out(tokenizer):

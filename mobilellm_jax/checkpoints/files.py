@@ -16,7 +16,7 @@ from absl import logging
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import abstract_params
-from mobilellm_jax.model_bundle import ModelBundle, read_record
+from mobilellm_jax.model_bundle import ModelBundle, check_stop_ids, read_record
 from mobilellm_jax.storage.manifest import MANIFEST_NAME, find_damage
 from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.tokenizers.files import read_tokenizer
@@ -199,6 +199,8 @@ def load_checkpoint(path: str | Path) -> ModelBundle:
     metadata = read_metadata(folder)
     config = read_config(folder, metadata)
     params = read_tree(folder, metadata, "params", abstract_params(config))
+    where = f"{folder / METADATA_NAME}: stop_ids"
+    check_stop_ids(metadata.get("stop_ids"), config.vocab_size, where)
     prompt, provenance = read_record(metadata)
     return ModelBundle(
         config=config,

@@ -279,5 +279,7 @@ def _import(args: argparse.Namespace) -> None:
         dataclasses.replace(model, provenance=dataclasses.replace(model.provenance, step=None)),
     )
     print(f"Read {args.input}: {describe(model.config)}.")
+    if (stop_ids := model.prompt.stop_ids) is not None:
+        print(f"An answer ends with one of the ids {', '.join(map(str, stop_ids))}.")
     print(f"Wrote a checkpoint to {args.output}", end="")
     print(" with its tokenizer." if model.tokenizer else "; there was no tokenizer.model.")

@@ -127,6 +127,7 @@ def verification_table(v: Verification) -> str:
         f"- Runtime: {v.runtime}. Text: {v.text}.",
         f"- Greedy: {v.greedy_equal} of {v.greedy_tokens} tokens the same{tie}.",
         f"- Tokenizer: {ids}.",
+        f"- Stops at: {', '.join(map(str, v.stop_ids)) or 'no id'}.",
         f"- Asked for: {', '.join(bounds)}.",
     ]
     return table(header, rows) + "\n\n" + "\n".join(lines)

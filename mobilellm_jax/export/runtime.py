@@ -28,5 +28,8 @@ class Runtime(Protocol):
     def greedy(self, tokens: Sequence[int], num_tokens: int) -> list[int]:
         """The continuation by the likeliest token, cached, without a stop at EOS."""
 
+    def stops_at(self, token: int) -> bool:
+        """Whether an answer ends with this token."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` by the runtime's own tokenizer, without BOS and EOS."""

@@ -1,6 +1,7 @@
 """A Hugging Face folder run by transformers, in fp32."""
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class TransformersRuntime:
             self.model = transformers.AutoModelForCausalLM.from_pretrained(
                 self._folder, dtype=self._torch.float32, **self._options
             ).eval()
+        self._generation_config = copy.deepcopy(self.model.generation_config)
         self.model.generation_config.eos_token_id = None  # greedy does not stop
         self.context_length = self.model.config.max_position_embeddings
 
@@ -65,6 +67,23 @@ class TransformersRuntime:
             do_sample=False,
         )
         return output[0, len(tokens) :].tolist()
+
+    def stops_at(self, token: int) -> bool:
+        """Whether `generate`, as the folder configures it, ends when the model says the token."""
+
+        def say(_, scores_BV):
+            forced = self._torch.full_like(scores_BV, -self._torch.inf)
+            forced[:, token] = 0.0
+            return forced
+
+        output = self.model.generate(
+            self._torch.tensor([[0]]),
+            generation_config=self._generation_config,
+            logits_processor=[say],
+            max_new_tokens=2,
+            do_sample=False,
+        )
+        return output.shape[1] == 2
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without BOS; UserError if the folder has no tokenizer.json."""

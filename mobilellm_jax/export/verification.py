@@ -54,6 +54,8 @@ class Verification:
       lines: lines of text that were encoded. Those that spell out a special token, such as "<s>",
         are left out: Hugging Face makes it the token, as is known.
       lines_equal: those with the ids of SentencePiece.
+      stop_ids: the ids that end an answer.
+      missed_stop_ids: those of them at which the runtime goes on.
       rounding: what rounding the weights alone does to the JAX model, for formats that round.
     """
 
@@ -70,6 +72,8 @@ class Verification:
     has_tokenizer: bool
     lines: int
     lines_equal: int
+    stop_ids: tuple[int, ...]
+    missed_stop_ids: tuple[int, ...]
     rounding: Comparison | None = None
 
     @property
@@ -89,6 +93,8 @@ class Verification:
             found.append(f"greedy tokens differ from number {self.greedy_equal + 1} on")
         if self.lines_equal < self.lines:
             found.append(f"ids differ in {self.lines - self.lines_equal} of {self.lines} lines")
+        if self.missed_stop_ids:
+            found.append(f"does not stop at the ids {list(self.missed_stop_ids)}")
         return found
 
 
@@ -149,6 +155,8 @@ def verify(
         has_tokenizer=runtime.has_tokenizer,
         lines=len(lines),
         lines_equal=lines_equal,
+        stop_ids=model.stop_ids,
+        missed_stop_ids=tuple(i for i in model.stop_ids if not runtime.stops_at(i)),
         rounding=rounding,
         greedy_equal=equal,
         greedy_tokens=count,

@@ -5,7 +5,7 @@ model type of our own, each block once, with the code that runs it.
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -55,11 +55,12 @@ _READ = {
     *("intermediate_size", "head_dim", "vocab_size", "max_position_embeddings", "rope_theta"),
     *("rope_scaling", "rope_parameters", "rms_norm_eps", "initializer_range", "layer_sharing"),
     *("tie_word_embeddings", "share_embedding", "layer_types", "model_type", "architectures"),
+    "eos_token_id",
     OWN_KEY,
 }
 _WITHOUT_EFFECT = {
     *("torch_dtype", "dtype", "transformers_version", "use_cache", "attention_dropout", "auto_map"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "_name_or_path"),
+    *("bos_token_id", "pad_token_id", "pretraining_tp", "_name_or_path"),
     *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward"),
     *("id2label", "label2id", "problem_type", "_attn_implementation_autoset", "is_decoder"),
     *("add_cross_attention", "tf_legacy_loss", "use_bfloat16", "cross_attention_hidden_size"),
@@ -68,7 +69,7 @@ _WITHOUT_EFFECT = {
 
 
 def to_hf_config(
-    config: ModelConfig, form: str, dtype: str, bos_id: int | None, eos_id: int | None
+    config: ModelConfig, form: str, dtype: str, bos_id: int | None, stop_ids: Sequence[int]
 ) -> dict[str, Any]:
     """config.json of the "expanded" or the "compact" form.
 
@@ -81,7 +82,7 @@ def to_hf_config(
     return {
         "bos_token_id": bos_id,
         "dtype": dtype,
-        "eos_token_id": eos_id,
+        "eos_token_id": list(stop_ids) if len(stop_ids) > 1 else next(iter(stop_ids), None),
         "head_dim": config.head_dim,
         "hidden_size": config.embed_dim,
         "initializer_range": config.init_std,
@@ -242,7 +243,7 @@ def _compact_config(values: Mapping[str, Any], source: str, num_layers: int) -> 
             f"{OWN_KEY}.format = {number!r:.80}: this version reads {', '.join(map(str, order))}"
         )
     name, visits = order[number]
-    expected = to_hf_config(config, "compact", "", None, None) | {name: visits}
+    expected = to_hf_config(config, "compact", "", None, ()) | {name: visits}
     said = {key: values.get(key, expected[key]) for key in _COMPACT_REPEATS}
     for key, found in (said | {name: own.get(name)}).items():
         if found != expected[key]:

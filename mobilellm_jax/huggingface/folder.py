@@ -22,9 +22,15 @@ from mobilellm_jax.huggingface import names as hf_names
 from mobilellm_jax.huggingface.model_card import model_card
 from mobilellm_jax.huggingface.names import hf_arrays, hf_shapes
 from mobilellm_jax.huggingface.pickled_weights import PickledWeightFiles
+from mobilellm_jax.huggingface.prompt_format import (
+    CHAT_TEMPLATE,
+    GENERATION_CONFIG,
+    TOKENIZER_CONFIG,
+    read_prompt_format,
+)
 from mobilellm_jax.huggingface.safetensors_io import DTYPES, WeightFiles, write_safetensors
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model_bundle import ModelBundle, read_record
+from mobilellm_jax.model_bundle import ModelBundle, check_stop_ids, read_record
 from mobilellm_jax.storage.exports import OWN_KEY, new_export, verify_checksums
 from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.storage.untrusted import encode_json, read_json, safe_child
@@ -32,10 +38,9 @@ from mobilellm_jax.tokenizers import huggingface_json
 from mobilellm_jax.tokenizers.files import read_tokenizer
 from mobilellm_jax.tokenizers.sentencepiece import MODEL_FILE as _TOKENIZER
 from mobilellm_jax.tokenizers.sentencepiece import SentencePieceTokenizer
-from mobilellm_jax.tokenizers.tokenizer import check_vocabulary
+from mobilellm_jax.tokenizers.tokenizer import Tokenizer, check_vocabulary
 
 _CONFIG = "config.json"
-_TOKENIZER_CONFIG, _CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _CODE_FILES = ("model.py", "modeling_mobilellm.py")
 _BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq\Z")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -95,19 +100,23 @@ def write_hf(
     config, tokenizer = model.config, model.tokenizer
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size, _TOKENIZER)
-    ids = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
-    description = hf_config.to_hf_config(config, form, dtype, *ids)
+    bos_id = tokenizer.bos_id if tokenizer else None
+    description = hf_config.to_hf_config(config, form, dtype, bos_id, model.stop_ids)
     provenance = model.to_record()
     provenance.pop("chat_template", None)  # has a file of its own
+    if model.stop_ids:
+        provenance.pop("stop_ids", None)  # is the key eos_token_id
     if provenance:
         description[OWN_KEY]["provenance"] = provenance
     files = {
         _CONFIG: encode_json(description),
-        "generation_config.json": encode_json({"bos_token_id": ids[0], "eos_token_id": ids[1]}),
+        GENERATION_CONFIG: encode_json(
+            {key: description[key] for key in ("bos_token_id", "eos_token_id")}
+        ),
         **_tokenizer_files(model),
     }
     files["README.md"] = model_card(
-        model, form, dtype, has_tokenizer=_TOKENIZER_CONFIG in files
+        model, form, dtype, has_tokenizer=TOKENIZER_CONFIG in files
     ).encode()
     if form == "compact":
         files |= remote_code()
@@ -126,16 +135,16 @@ def remote_code() -> dict[str, bytes]:
 
 def _tokenizer_files(model: ModelBundle) -> dict[str, bytes]:
     template = model.prompt.chat_template
-    files = {} if template is None else {_CHAT_TEMPLATE: template.encode()}
+    files = {} if template is None else {CHAT_TEMPLATE: template.encode()}
     if model.tokenizer is None:
         return files
     files |= huggingface_json.tokenizer_files(
         model.tokenizer, model.config.max_seq_len, model.prompt.begins_with_bos
     )
-    if template is not None and _TOKENIZER_CONFIG in files:
+    if template is not None and TOKENIZER_CONFIG in files:
         # Versions of transformers before 4.43 look there.
-        values = json.loads(files[_TOKENIZER_CONFIG])
-        files[_TOKENIZER_CONFIG] = encode_json(values | {"chat_template": template})
+        values = json.loads(files[TOKENIZER_CONFIG])
+        files[TOKENIZER_CONFIG] = encode_json(values | {"chat_template": template})
     return files
 
 
@@ -181,7 +190,8 @@ def read_hf(path: str | Path, *, shared_kv: str | None = None) -> ModelBundle:
         safe_child(folder, _TOKENIZER)
         if (tokenizer := read_tokenizer(folder)) is not None:
             check_vocabulary(tokenizer, config.vocab_size, str(folder / _TOKENIZER))
-        prompt, provenance = read_record(_read_record(folder, values), keep_other=True)
+        record = _read_record(folder, values, tokenizer, config.vocab_size)
+        prompt, provenance = read_record(record, keep_other=True)
         return ModelBundle(
             config=config,
             params=_read_params(files, config, blocks),
@@ -191,37 +201,22 @@ def read_hf(path: str | Path, *, shared_kv: str | None = None) -> ModelBundle:
         )
 
 
-def _read_record(folder: Path, config_values: Mapping[str, Any]) -> dict[str, Any]:
+def _read_record(
+    folder: Path, values: Mapping[str, Any], tokenizer: Tokenizer | None, vocab_size: int
+) -> dict[str, Any]:
     """Prompt format and provenance as `ModelBundle.to_record` gives them.
 
-    Our own exports keep them in config.json. Of a folder of others, "bos" is false if its tokenizer
-    says that it puts none in front of a text.
+    Our own exports keep them in config.json; what that does not say the other files do.
     """
-    own = config_values.get(OWN_KEY, {})
+    own = values.get(OWN_KEY, {})
     provenance = own.get("provenance", {}) if isinstance(own, dict) else {}
     record = dict(provenance) if isinstance(provenance, dict) else {}
-    file = safe_child(folder, _TOKENIZER_CONFIG)
-    tokenizer_config = read_json(file) if file.exists() else {}
-    record["chat_template"] = _read_chat_template(folder, tokenizer_config)
-    if tokenizer_config.get("add_bos_token") is False:
-        record.setdefault("bos", False)
-    return record
-
-
-def _read_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    if (file := safe_child(folder, _CHAT_TEMPLATE)).exists():
-        try:
-            return file.read_bytes().decode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: cannot be read ({error})") from error
-    template = tokenizer_config.get("chat_template")
-    if template is not None and not isinstance(template, str):
-        logging.warning(
-            "%s: chat_template is no text but a list of several; not read",
-            folder / _TOKENIZER_CONFIG,
-        )
-        return None
-    return template
+    check_stop_ids(
+        record.get("stop_ids"),
+        vocab_size,
+        f"{folder / _CONFIG}: {OWN_KEY}.provenance.stop_ids",
+    )
+    return read_prompt_format(folder, values, tokenizer, vocab_size) | record
 
 
 def _open_weights(folder: Path) -> WeightFiles:

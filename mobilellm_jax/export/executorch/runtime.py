@@ -80,6 +80,10 @@ class ExecuTorchRuntime:
                 next_V = self._read(chosen[-1:], position)
         return chosen
 
+    def stops_at(self, token: int) -> bool:
+        """Whether the token is one of those that the program tells the runner to stop at."""
+        return token in self.metadata["get_eos_ids"]
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` by ExecuTorch's C++ tokenizer, without BOS and EOS."""
         assert self._tokenizer is not None, "no tokenizer was given"

@@ -61,8 +61,8 @@ def write_gguf(
 
     Raises:
       UserError: GGUF's Llama cannot express the model (ReLU, `first_visit`, widths that do not fit
-        the type), there is no tokenizer, or llama.cpp would give other ids than sentencepiece, or
-        a weight is missing, misshapen, not finite or too large.
+        the type, more than three ids to stop at), there is no tokenizer, or llama.cpp would give
+        other ids than sentencepiece, or a weight is missing, misshapen, not finite or too large.
       OSError: the disk is full.
     """
     gguf = import_extra("gguf", "gguf")
@@ -219,8 +219,16 @@ def _add_vocabulary(writer, gguf: ModuleType, model: ModelBundle) -> None:
     writer.add_unk_token_id(unk_id)
     if tokenizer.bos_id is not None:
         writer.add_bos_token_id(tokenizer.bos_id)
-    # Where none is named llama.cpp stops at id 2; no model learns to say the unknown token.
-    writer.add_eos_token_id(model.stop_ids[0] if model.stop_ids else unk_id)
+    # llama.cpp ends an answer at each of these. Where none is named it stops at id 2; no model
+    # learns to say the unknown token.
+    keys = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    if len(model.stop_ids) > len(keys):
+        raise UserError(
+            f"the model stops at {len(model.stop_ids)} ids, {list(model.stop_ids)!r:.120}; a GGUF "
+            f"file names at most {len(keys)}; convert to another format"
+        )
+    for add_key, stop_id in zip(keys, model.stop_ids or (unk_id,), strict=False):
+        add_key(stop_id)
     if tokenizer.pad_id is not None:
         writer.add_pad_token_id(tokenizer.pad_id)
     writer.add_add_bos_token(model.bos_id is not None)

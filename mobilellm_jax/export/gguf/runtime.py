@@ -81,6 +81,10 @@ class LlamaCppRuntime:
                 logits = self._read(chosen[-1:])
         return chosen
 
+    def stops_at(self, token: int) -> bool:
+        """Whether llama.cpp takes the token for an end of generation."""
+        return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` by llama.cpp's tokenizer, without BOS and EOS.
 

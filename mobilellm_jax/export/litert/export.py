@@ -63,8 +63,8 @@ def write_litertlm(
 ) -> None:
     """Writes a file that LiteRT-LM runs. Shared blocks and a tied head are stored once.
 
-    The runtime stops at EOS. Two files of the same model differ: litert-torch puts the date and a
-    random number into them.
+    The runtime stops at each of the model's stop ids. Two files of the same model differ:
+    litert-torch puts the date and a random number into them.
 
     Args:
       path: the file, in a folder that is there; temporary files are put next to it.
@@ -147,11 +147,27 @@ def _llm_metadata(model: ModelBundle, context_length: int) -> bytes:
         metadata.start_token.token_ids.ids.append(model.bos_id)
     for stop_id in model.stop_ids:
         metadata.stop_tokens.add().token_ids.ids.append(stop_id)
-    # An id without a piece, in a padded vocabulary, would end the answer with an error.
-    metadata.suppress_tokens.ids.extend(range(model.tokenizer.vocab_size, model.config.vocab_size))
+    metadata.suppress_tokens.ids.extend(_suppressed(model))
     if model.prompt.chat_template is not None:
         metadata.jinja_prompt_template = _JOIN_PARTS + model.prompt.chat_template
     return metadata.SerializeToString()
+
+
+def _suppressed(model: ModelBundle) -> list[int]:
+    """The ids without a piece, in a padded vocabulary: one would end the answer with an error.
+
+    LiteRT-LM 0.18.1 with a list of suppressed ids gives no id without a piece, in the list or not.
+    """
+    without_piece = range(model.tokenizer.vocab_size, model.config.vocab_size)
+    stops = [i for i in model.stop_ids if i in without_piece]
+    suppressed = [i for i in without_piece if i not in stops]
+    if stops and suppressed:
+        raise UserError(
+            f"the model stops at the id {stops[0]}, for which tokenizer.model has no piece, and "
+            f"LiteRT-LM cannot tell it from the {len(suppressed)} unused ids of the vocabulary; "
+            "convert to another format"
+        )
+    return suppressed
 
 
 def _run_converter(path: Path, **settings: Any) -> None:

@@ -99,6 +99,10 @@ class LiteRtLmRuntime:
                 ) from error
             return opened.run_decode().texts[0]
 
+    def stops_at(self, token: int) -> bool:
+        """Whether the Engine has the token among those that it stops at."""
+        return [token] in self._engine.eos_token_ids
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` by the Engine's tokenizer, without BOS and EOS.
 
