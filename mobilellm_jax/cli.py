@@ -28,7 +28,7 @@ VERBS = {
     "convert": ("mobilellm_jax.export.command", "write a model for another runtime, read one"),
 }
 
-_VERBS_WITH_CONFIG = ("plan", "doctor", "train")
+_VERBS_WITH_CONFIG = ("plan", "doctor", "train", "convert")
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(VERBS[verb][0])
     if verb in _VERBS_WITH_CONFIG:
         args.overrides = rest
+        args.model_of_run = _model_of_run
     try:
         module.main(args)
         print(end="", flush=True)  # or the interpreter would notice at its end that nobody reads
@@ -88,6 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _model_of_run(path: str, overrides: Sequence[str]):
+    """The `ModelConfig` of a config file, for verbs whose rooms do not know training."""
+    from mobilellm_jax.training.run_config import load_config, model_config
+
+    return model_config(load_config(path, overrides))
 
 
 def _nobody_reads() -> bool:

@@ -137,6 +137,23 @@ def test_bad_values_are_refused_with_field_value_and_mend(changes, message):
         tiny(**changes)
 
 
+def test_head_dim_0_is_the_width_divided_among_the_heads():
+    config = ModelConfig(num_layers=1, num_heads=6, num_kv_heads=2, embed_dim=96, head_dim=0)
+    assert config.head_dim == 16 == config.to_dict()["head_dim"]
+    for changes, message in (
+        (
+            {"num_heads": 10},
+            r"head_dim = 0 takes .*96 is not a multiple of 10.* set model.head_dim",
+        ),
+        ({"num_heads": 32}, "head_dim = 3 is odd"),
+        ({"num_heads": 0}, "num_heads = 0: use a positive number"),
+        ({"embed_dim": 0}, "embed_dim = 0: use a positive number"),
+        ({"head_dim": -8}, "head_dim = -8: use a positive number"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(config, **{"head_dim": 0} | changes)
+
+
 def test_a_whole_number_is_taken_for_a_real_one():
     theta = tiny(rope_theta=500_000).rope_theta
     assert theta == 500_000 and type(theta) is float

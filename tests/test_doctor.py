@@ -14,6 +14,7 @@ from prepared import make_documents, run_prepare, write_lines
 
 from mobilellm_jax import cli
 from mobilellm_jax.data.records import DatasetHeader
+from mobilellm_jax.machine.coordination import RunCoordination
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import init_params
 from mobilellm_jax.training import checks
@@ -93,6 +94,27 @@ def test_what_is_wrong_is_named_with_its_fix(doctor, monkeypatch, override, chec
     assert status == 2
     assert [name for name, (level, _) in found.items() if level == "FAIL"] == [check]
     assert re.search(message, found[check][1])
+
+
+def test_the_model_is_counted_and_heads_beside_its_width_are_a_warning(home):
+    def model_line(*overrides):
+        config = load_config(str(home / "config.py"), list(overrides))
+        return RunChecks(config, home / "run", RunCoordination()).check_model()
+
+    found = model_line()
+    # A block: queries, output 16 x 16 each; keys, values 16 x 8; three of 16 x 32; two norms.
+    block = 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 32 + 2 * 16
+    assert f"{2 * block + 16 + 300 * 16:,} parameters, {2 * block + 16:,} without" in found.text
+    # 6 per weight and token; 6 per layer, head width and half of the 32 x 2 scores of a token.
+    flops = 6 * (2 * (block - 32) + 300 * 16) + 6 * 2 * 16 * 32
+    assert f"; {flops / 1e9:.3g} GFLOP per trained token" in found.text
+    assert found.level == "ok"
+    cache = 2 * 2 * 8 * 2  # keys and values, two blocks, 8 wide, 2 bytes
+    assert f"{cache} bytes per token, {cache * 32 / 1e6:.1f} MB at 32" in found.text
+    beside = model_line("--config.model.num_heads=4")
+    assert beside.level == "warn"
+    assert "4 heads of 8 are 32 wide, embed_dim is 16" in beside.text
+    assert model_line("--config.model.num_heads=4", "--config.model.head_dim=0").level == "ok"
 
 
 def test_checkpoints_to_come_and_repeated_text_are_counted(doctor, home, monkeypatch):

@@ -120,6 +120,41 @@ def test_the_table_has_every_preset(capsys):
     assert "1024 tokens" in text and "600.0 MB" in text
 
 
+def test_a_config_file_and_a_checkpoint_are_counted(tmp_path, capsys):
+    def printed(*arguments):
+        status = main(["convert", "--estimate", *map(str, arguments)])
+        return status, "".join(capsys.readouterr())
+
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from mobilellm_jax.training.run_config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        f"    config.model.update({CONFIG.to_dict()!r})\n"
+        "    return config\n"
+    )
+    save_params(tmp_path / "run", CONFIG, make_params(CONFIG))
+    cost = estimate(CONFIG, "gguf", "float16", 16)
+    cells = f"{cost.file / 1e6:,.0f} / {cost.memory / 1e6:,.0f}"
+    for name, flag, path in (("mine", "--config", file), ("run", "--checkpoint", tmp_path / "run")):
+        status, text = printed(flag, path)
+        assert status == 0 and f"| {name} " in text and cells in text and "16 tokens" in text
+    longer = estimate(dataclasses.replace(CONFIG, num_layers=300), "gguf", "float16", 16)
+    assert (
+        f"{longer.file / 1e6:,.0f} / "
+        in printed("--config", file, "--config.model.num_layers=300")[1]
+    )
+    assert "| -  " in printed("--config", file, "--config.model.ffn=relu")[1]
+    assert printed("--config", file, "--context_length", 17)[0] == 2
+    for arguments, message in (
+        (("--config", file, "--checkpoint", "x"), "--config or --checkpoint, not both"),
+        (("--config.model.num_layers=3",), "changes a config file: name it, --config FILE"),
+        (("--config", tmp_path / "no.py"), "no such file"),
+    ):
+        status, text = printed(*arguments)
+        assert status == 2 and message in text
+
+
 @pytest.mark.parametrize("length", [0, -5])
 def test_a_context_without_tokens_is_refused(length, capsys):
     assert main(["convert", "--estimate", "--context_length", str(length)]) == 2

@@ -245,3 +245,11 @@ def test_mistakes_in_a_config_file_name_the_file(tmp_path, body, message):
     )
     with pytest.raises(UserError, match=rf"(?s)mine\.py.*({message})"):
         load_config(str(path))
+
+
+def test_the_width_of_a_head_follows_an_override_and_is_kept_as_a_number():
+    config = load_config("configs/125m.py", ["--config.model.num_heads=18"])
+    assert config.model.head_dim == model_config(config).head_dim == 32
+    assert load_config("configs/125m.py").model.head_dim == 64
+    overrides = ["--config.model.num_heads=18", "--config.model.head_dim=64"]
+    assert load_config("configs/125m.py", overrides).model.head_dim == 64

@@ -33,6 +33,7 @@ examples:
   mobilellm convert --to gguf --dtype q8_0 --checkpoint my_model_hf --output exports/my_model_q8
   mobilellm convert --from hf --input my_model_hf --output runs/imported
   mobilellm convert --estimate --context_length 1024
+  mobilellm convert --estimate --config configs/125m.py --config.model.num_layers=24
 
 The output is a folder with the file for the app, its tokenizer, report.md and report.json with how
 far the file is from the JAX model, and checksums. It gets its name when all that is done.
@@ -51,15 +52,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--estimate",
         action="store_true",
-        help="print what each preset takes in each format: file, memory, the paper's DRAM budget",
+        help="print what each preset, or the model of --config or --checkpoint, takes in each "
+        "format: file, memory, the paper's DRAM budget",
     )
     add = parser.add_argument
     add(
         "--checkpoint",
         metavar="DIR",
         type=path_flag,
-        help="with --to: a run's workdir, one of its steps, or a HF folder",
+        help="with --to or --estimate: a run's workdir, one of its steps, or a HF folder",
     )
+    add("--config", metavar="FILE", type=path_flag, help="with --estimate: a file as in configs/")
+    add("--config.KEY=VALUE", dest="_", action="store_true", help="change one value of the config")
+    parser.set_defaults(overrides=(), model_of_run=None)  # the command line fills them in
     add("--input", metavar="DIR", type=path_flag, help="with --from: the folder to read")
     add(
         "--output",
@@ -96,14 +101,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 # Flags that belong to one of the three uses only.
 _FOREIGN = {
-    "--to": ("input", "shared_kv"),
-    "--from": ("checkpoint", "dtype", "context_length", "text", "no_verify"),
-    "--estimate": ("checkpoint", "input", "output", "dtype", "text", "no_verify", "shared_kv"),
+    "--to": ("input", "shared_kv", "config"),
+    "--from": ("checkpoint", "dtype", "context_length", "text", "no_verify", "config"),
+    "--estimate": ("input", "output", "dtype", "text", "no_verify", "shared_kv"),
 }
 
 
 def main(args: argparse.Namespace) -> None:
-    """Runs the verb; raises UserError for flags that do not go together and for bad folders."""
+    """Runs the verb; raises UserError for flags that do not go together and for bad folders.
+
+    Args:
+      args: beside the flags, `overrides`, the `--config.KEY=VALUE` arguments, and `model_of_run`,
+        which reads the `ModelConfig` of a config file with them.
+    """
+    if args.overrides and args.config is None:
+        raise UserError(f"{args.overrides[0]} changes a config file: name it, --config FILE")
     if args.to:
         _check_flags(args, "--to", needed=("checkpoint", "output"))
         _export(args)
@@ -112,9 +124,26 @@ def main(args: argparse.Namespace) -> None:
         _import(args)
     else:
         _check_flags(args, "--estimate", needed=())
-        from mobilellm_jax.export.estimate import estimate_table
+        _estimate(args)
 
+
+def _estimate(args: argparse.Namespace) -> None:
+    from mobilellm_jax.export.estimate import estimate_table
+
+    if args.config and args.checkpoint:
+        raise UserError("--estimate takes --config or --checkpoint, not both")
+    if args.config:
+        model = args.model_of_run(args.config, args.overrides)
+        models = {Path(args.config.partition(":")[0]).stem: model}
+    elif args.checkpoint:
+        from mobilellm_jax.checkpoints.loading import load
+
+        models = {Path(args.checkpoint).name: load(args.checkpoint)[0]}
+    else:
         print(estimate_table(args.context_length))
+        return
+    (config,) = models.values()
+    print(estimate_table(_context_length(args.context_length, config), models))
 
 
 def _check_flags(args: argparse.Namespace, use: str, *, needed: tuple[str, ...]) -> None:

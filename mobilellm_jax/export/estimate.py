@@ -1,10 +1,12 @@
 """What a model takes on a phone, counted from its config: file, memory, and the paper's budget."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.report import megabytes
-from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.huggingface.config import LLAMA_FIELDS
+from mobilellm_jax.model.config import ModelConfig, check_expressible
 from mobilellm_jax.model.costs import count_block_params, count_params, kv_cache_bytes_per_token
 from mobilellm_jax.model.presets import PRESETS
 from mobilellm_jax.tables import table
@@ -66,6 +68,16 @@ def estimate(config: ModelConfig, format: str, dtype: str, context_length: int) 
     return Cost(file, file + cache)
 
 
+def _cell(config: ModelConfig, format: str, dtype: str, context_length: int) -> str:
+    if format != "pte":
+        try:
+            check_expressible(config, LLAMA_FIELDS, format, "")
+        except UserError:
+            return "-"
+    cost = estimate(config, format, dtype, context_length)
+    return f"{cost.file / 1e6:,.0f} / {cost.memory / 1e6:,.0f}{'' if cost.fits else ' *'}"
+
+
 def expansion(config: ModelConfig) -> str:
     """What storing shared blocks once per visit costs, in words, for fp32 weights."""
     stored = 4 * count_params(config)
@@ -76,26 +88,24 @@ def expansion(config: ModelConfig) -> str:
     )
 
 
-def estimate_table(context_length: int | None) -> str:
-    """What `mobilellm convert --estimate` prints: every preset in every phone format, in MB.
+def estimate_table(context_length: int | None, models: Mapping[str, ModelConfig] = PRESETS) -> str:
+    """What `mobilellm convert --estimate` prints: models in every phone format, in MB.
 
     Args:
-      context_length: in tokens, 1 or more; None is 2048.
+      context_length: in tokens, 1 or more; None is the shortest max_seq_len of the models.
+      models: by name; "-" stands for a format that cannot express one.
 
     Raises:
       UserError: another context_length.
     """
     if context_length is None:
-        context_length = 2048
+        context_length = min(config.max_seq_len for config in models.values())
     if context_length < 1:
         raise UserError(f"--context_length {context_length}: use 1 or more")
-    rows = []
-    for name, config in PRESETS.items():
-        costs = [estimate(config, *column, context_length) for column in _COLUMNS]
-        cells = [
-            f"{c.file / 1e6:,.0f} / {c.memory / 1e6:,.0f}{'' if c.fits else ' *'}" for c in costs
-        ]
-        rows.append((name, *cells))
+    rows = [
+        (name, *(_cell(config, *column, context_length) for column in _COLUMNS))
+        for name, config in models.items()
+    ]
     header = ("MB, file / memory", *(f"{format} {dtype}" for format, dtype in _COLUMNS))
     return (
         f"{table(header, rows)}\n\n"

@@ -41,7 +41,8 @@ class ModelConfig:
       num_kv_heads: K, key/value heads; divides `num_heads` (K = N is multi-head attention).
       embed_dim: D, width of the residual stream.
       ffn_dim: F, width of the feed-forward layer; 0 takes `default_ffn_dim(embed_dim)`.
-      head_dim: H, width of one head; even (rotary embedding turns pairs).
+      head_dim: H, width of one head; even (rotary embedding turns pairs). 0 takes
+        `embed_dim / num_heads`, as in all released sizes.
       vocab_size: V.
       max_seq_len: longest context in tokens that the model is meant for.
       ffn: "swiglu" or "relu" (FC-ReLU-FC, the paper's baseline).
@@ -82,6 +83,14 @@ class ModelConfig:
         _check_types(self)
         if self.ffn_dim == 0:
             object.__setattr__(self, "ffn_dim", default_ffn_dim(self.embed_dim))
+        if self.head_dim == 0 and min(self.num_heads, self.embed_dim) > 0:
+            if self.embed_dim % self.num_heads:
+                raise UserError(
+                    f"model.head_dim = 0 takes model.embed_dim / model.num_heads, but "
+                    f"{self.embed_dim} is not a multiple of {self.num_heads}: change one of them, "
+                    "or set model.head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
         _check_positive(self)
         for name, choices in (
             ("ffn", FFN_KINDS),

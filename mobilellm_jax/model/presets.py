@@ -11,6 +11,7 @@ def _preset(num_layers: int, num_heads: int, num_kv_heads: int) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         embed_dim=64 * num_heads,
+        head_dim=0,
     )
 
 

@@ -30,6 +30,7 @@ from mobilellm_jax.checkpoints.files import (
 from mobilellm_jax.checkpoints.store import checkpoint_bytes
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.machine.coordination import RunCoordination
+from mobilellm_jax.model import costs
 from mobilellm_jax.storage.atomic import lock_folder
 from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.training.optimizer import learning_rate_schedule
@@ -44,6 +45,7 @@ from mobilellm_jax.training.step import TrainState
 _NEEDS = {
     "devices": (),
     "versions": (),
+    "model": (),
     "data": (),
     "schedule": (),
     "mesh": (),
@@ -148,6 +150,24 @@ class RunChecks:
             f"mobilellm_jax {mobilellm_jax.__version__}, jax {jax.__version__}, jaxlib "
             f"{importlib.metadata.version('jaxlib')}, Python {sys.version.split()[0]}"
         )
+        return Finding("ok", text)
+
+    def check_model(self) -> Finding:
+        """Counts the model to be trained, and says whether its heads divide its width."""
+        c = self.model
+        cache = costs.kv_cache_bytes_per_token(c)
+        text = (
+            f"{costs.count_params(c):,} parameters, {costs.count_block_params(c):,} without "
+            f"embeddings; {costs.train_flops_per_token(c, c.max_seq_len).causal / 1e9:.3g} GFLOP "
+            f"per trained token; 16-bit KV cache {cache:,} bytes per token, "
+            f"{cache * c.max_seq_len / 1e6:.1f} MB at {c.max_seq_len}"
+        )
+        if c.num_heads * c.head_dim != c.embed_dim:
+            return Finding(
+                "warn",
+                f"{text}; {c.num_heads} heads of {c.head_dim} are {c.num_heads * c.head_dim} wide, "
+                f"embed_dim is {c.embed_dim}: if not meant, --config.model.head_dim=0 divides it",
+            )
         return Finding("ok", text)
 
     def check_data(self) -> Finding:

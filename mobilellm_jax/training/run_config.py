@@ -38,9 +38,9 @@ def default_config(preset: str = "125m") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     # Of parameters and of the order of the data.
     config.seed = 0
-    # Architecture: every field of `ModelConfig`. They do not follow each other: whoever changes
-    # embed_dim changes num_heads and ffn_dim too (ffn_dim = 0 takes the rule of the paper).
-    config.model = ml_collections.ConfigDict(PRESETS[preset].to_dict())
+    # Architecture: every field of `ModelConfig`. head_dim 0 is embed_dim / num_heads. Nothing else
+    # follows: whoever changes embed_dim changes ffn_dim too (0 takes the rule of the paper).
+    config.model = ml_collections.ConfigDict(PRESETS[preset].to_dict() | {"head_dim": 0})
 
     config.data = ml_collections.ConfigDict()
     # Folder made by `mobilellm prepare`, or a mixture "DIR=0.7,DIR=0.3" (shares of the samples).
@@ -132,6 +132,7 @@ def load_config(path: str, overrides: list[str] = ()) -> ml_collections.ConfigDi
         section, _, name = key.rpartition(".")
         (config[section] if section else config)[name] = value
     check_config(config)
+    config.model.update(model_config(config).to_dict())  # what 0 stands for
     return config.lock()
 
 
