@@ -282,6 +282,14 @@ def test_what_llama_cannot_express_is_not_exported(changes, message, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_heads_that_transformers_does_not_load_are_not_exported(tmp_path):
+    config = dataclasses.replace(TINY, num_heads=5, num_kv_heads=5)
+    with pytest.raises(UserError, match="24 is not a multiple of model.num_heads = 5.*hf_compact"):
+        save_hf(tmp_path / "model", config, make_params(config))
+    save_hf(tmp_path / "model", config, make_params(config), form="compact")
+    assert load_hf(tmp_path / "model")[0] == config
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_not_exported(value, tmp_path):
     params = make_params(TINY)

@@ -283,6 +283,7 @@ def test_the_runtime_does_not_run_code_that_was_added(where, tmp_path, tokenizer
         ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
         ({"mobilellm": None}, "'mobilellm' has no 'config'"),
         ({"mobilellm": {"config": {"num_layers": 3}}}, "lacks num_heads"),
+        ({"mobilellm": {"config": tiny("immediate", 2).to_dict(), "format": [1]}}, "format = "),
         ({"mobilellm": {"config": tiny().to_dict()}}, "num_hidden_layers = 6"),
         ({"mobilellm": {"config": tiny("reverse", 2).to_dict()}}, "visit_order = None"),
         (

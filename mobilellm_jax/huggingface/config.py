@@ -106,6 +106,12 @@ def _expanded(config: ModelConfig) -> dict[str, Any]:
         "LlamaForCausalLM (SwiGLU, each layer with its own keys and values)",
         "write the compact form ('hf_compact' on the command line)",
     )
+    if config.embed_dim % config.num_heads:
+        raise UserError(
+            f"model.embed_dim = {config.embed_dim} is not a multiple of model.num_heads = "
+            f"{config.num_heads}, without which transformers 5 loads no LlamaForCausalLM; write "
+            "the compact form ('hf_compact' on the command line), or train with such widths"
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -238,7 +244,7 @@ def _compact_config(values: Mapping[str, Any], source: str, num_layers: int) -> 
     config, own = _own_record(values, "get the folder again")
     _check_num_layers(config.num_layers, f"{OWN_KEY}.config.num_layers", num_layers)
     order = {1: ("visit_order", list(config.visit_order)), 2: ("visits", _visits(config))}
-    if (number := own.get("format", 1)) not in order:
+    if type(number := own.get("format", 1)) is not int or number not in order:
         raise UserError(
             f"{OWN_KEY}.format = {number!r:.80}: this version reads {', '.join(map(str, order))}"
         )
