@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mobilellm_jax import cli
+from mobilellm_jax import cli, interrupts
 from mobilellm_jax.checkpoints.files import CHECKPOINTS_NAME, list_steps
 from mobilellm_jax.training.run_config import load_config
 
@@ -40,4 +40,5 @@ def finished(arguments: list[str]) -> bool:
 
 
 if __name__ == "__main__":
+    interrupts.take_over()
     sys.exit(main(sys.argv[1:]))

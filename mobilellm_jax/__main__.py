@@ -1,7 +1,17 @@
-"""`python -m mobilellm_jax VERB`, the same as `mobilellm VERB`."""
+"""`mobilellm VERB`, the same as `python -m mobilellm_jax VERB`."""
 
 import sys
 
-from mobilellm_jax.cli import main
+from mobilellm_jax import interrupts
 
-sys.exit(main())
+
+def main() -> int:
+    """The command line, with signals answered from its first line on."""
+    interrupts.take_over()
+    from mobilellm_jax import cli
+
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

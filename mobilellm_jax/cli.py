@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 import mobilellm_jax
+from mobilellm_jax import interrupts
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.machine.large_pages import run_with_large_pages
 
@@ -51,12 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb.
 
     Args:
-      argv: the verb and its flags; None takes those of the process.
+      argv: the verb and its flags; None takes those of the process, and its signals.
 
     Returns:
-      The exit status: 0, 2 for a mistake that the user can mend, 130 after Ctrl-C, 141 where nobody
-      reads what is printed any more, as after `| head` (128 and the signal, as shells count).
+      The exit status: 0, 2 for a mistake that the user can fix, 130 after Ctrl-C and 143 after
+      SIGTERM, 141 where nobody reads what is printed any more, as after `| head` (128 and the
+      signal, as shells count).
     """
+    if argv is None:
+        interrupts.take_over()  # done already by `__main__`
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments[0] if arguments and arguments[0] in VERBS else None
     args, rest = _parser(verb).parse_known_args(arguments)
@@ -70,9 +74,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb in _VERBS_WITH_CONFIG:
         args.overrides = rest
         args.model_of_run = _model_of_run
+    status = 0
     try:
-        module.main(args)
-        print(end="", flush=True)  # or the interpreter would notice at its end that nobody reads
+        with interrupts.working():
+            module.main(args)
+            print(end="", flush=True)  # or it would be noticed after this that nobody reads
+    except BaseException:
+        if interrupts.answered() is None:  # else it is what became of the signal's exception
+            status = _status_of_error()
+    return interrupts.answered() or status
+
+
+def _status_of_error() -> int:
+    """Shows the error that is being handled, if it is one for users; raises it again if not."""
+    try:
+        raise
     except BrokenPipeError:
         if not _nobody_reads():
             raise
@@ -88,7 +104,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _model_of_run(path: str, overrides: Sequence[str]):

@@ -1,6 +1,7 @@
 """All tests see eight CPU devices and strict array shapes."""
 
 import os
+import signal
 import tempfile
 
 import jax
@@ -27,3 +28,11 @@ def devices():
     """The eight CPU devices."""
     assert jax.device_count() == 8
     return jax.devices()
+
+
+@pytest.fixture
+def as_in_a_terminal():
+    """SIGINT acts, here and in processes that a test starts: it is ignored in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -145,16 +145,17 @@ def test_a_use_of_a_device_would_be_noticed():
 # room is a folder of the package or a module at its top.
 ARROWS = {
     "errors": "",
+    "interrupts": "",
     "tables": "",
-    "storage": "errors",
+    "storage": "errors interrupts",
     "model": "errors",
-    "machine": "errors",
+    "machine": "errors interrupts",
     "tokenizers": "errors storage",
     "objectives": "model",
     "model_bundle": "errors model tokenizers",
     "data": "errors storage tables tokenizers",
     "huggingface": "errors machine model model_bundle storage tokenizers",
-    "checkpoints": "errors huggingface model model_bundle storage tokenizers",
+    "checkpoints": "errors huggingface interrupts model model_bundle storage tokenizers",
     "inference": "checkpoints errors machine model model_bundle storage tokenizers",
     "evaluation": "checkpoints data errors machine model model_bundle objectives storage tables",
     "export": "checkpoints errors huggingface inference machine model model_bundle storage tables "
@@ -162,8 +163,8 @@ ARROWS = {
     "training": "checkpoints data errors evaluation machine model objectives storage tables "
     "tokenizers",
     "planning": "errors machine model storage tables training",
-    "cli": "data errors evaluation export inference machine planning training",
-    "__main__": "cli",
+    "cli": "data errors evaluation export inference interrupts machine planning training",
+    "__main__": "cli interrupts",
 }
 PHONES_AND_TORCH = {
     *("torch", "transformers", "executorch", "pytorch_tokenizers", "gguf", "llama_cpp"),

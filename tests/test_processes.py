@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
 import pytest
 
+from mobilellm_jax import interrupts
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.machine.coordination import (
     RunCoordination,
@@ -267,15 +269,28 @@ def test_alone_nothing_is_compared_watched_or_awaited():
     assert stop.agreed(2)
 
 
-def test_the_first_signal_asks_and_the_second_acts_as_usual(capfd):
+def test_the_first_signal_asks_and_the_second_acts_as_usual(capfd, as_in_a_terminal):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with stop_signals() as stop:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        stop.listen()
         assert not stop.requested
-        signal.raise_signal(signal.SIGINT)
-        assert stop.requested and "SIGINT: saving" in capfd.readouterr().err
+        for _ in range(2):  # at once: `timeout` sends it to the process and to its group
+            signal.raise_signal(signal.SIGINT)
+        assert stop.requested and capfd.readouterr().err.count("SIGINT: saving") == 1
+        time.sleep(interrupts.SAME_SECONDS)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored(as_in_a_terminal):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stop_signals() as stop:
+        stop.listen()
+        signal.raise_signal(signal.SIGINT)
+        assert not stop.requested
 
 
 JOIN = """

@@ -163,7 +163,7 @@ def test_kill_9_and_rerun_is_bitwise_the_same_run(home):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_current_step_and_exits_0(home, number):
+def test_a_signal_saves_the_current_step_and_exits_0(home, number, as_in_a_terminal):
     name = f"stopped-{number}"
     with start(home, name, "--config.checkpoint.every_steps=1000") as process:
         wait_for_line(process, "step  2/12")

@@ -15,7 +15,9 @@ after that. Data order is a pure function of (seed, position), so the step is al
 besides the arrays.
 """
 
+import contextlib
 import dataclasses
+import functools
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -28,6 +30,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from mobilellm_jax import interrupts
 from mobilellm_jax.checkpoints.files import (
     CHECKPOINTS_NAME,
     METADATA_NAME,
@@ -42,7 +45,7 @@ from mobilellm_jax.checkpoints.files import (
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model_bundle import ModelBundle
-from mobilellm_jax.storage.atomic import write_file
+from mobilellm_jax.storage.atomic import removed_on_error, write_file
 from mobilellm_jax.storage.manifest import write_manifest
 from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.tokenizers.files import write_tokenizer
@@ -101,8 +104,7 @@ class Checkpoints:
             tempfile.TemporaryFile(dir=self.directory).close()
             if jax.process_index() == 0:
                 # Orbax would do it in the background, and the space counts.
-                for half_written in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                    shutil.rmtree(half_written, ignore_errors=True)
+                _remove_half_written(self.directory)
         except OSError as error:
             raise UserError(
                 f"{self.directory}: cannot write checkpoints here ({error.strerror}); "
@@ -322,7 +324,12 @@ def save_model(workdir: str | Path, model: ModelBundle) -> None:
     Raises:
       UserError: `workdir` has checkpoints already, is not writable or too full.
     """
-    with Checkpoints(workdir, keep_last=1) as checkpoints:
+    workdir = Path(workdir)
+    with (
+        removed_on_error(functools.partial(_leave_nothing, workdir, workdir.exists())),
+        interrupts.working(unwound=False),  # the threads that write would go on
+        Checkpoints(workdir, keep_last=1) as checkpoints,
+    ):
         if (step := checkpoints.latest_step()) is not None:
             raise UserError(f"{checkpoints.directory} already has step {step}; use another workdir")
         checkpoints.save(
@@ -332,6 +339,22 @@ def save_model(workdir: str | Path, model: ModelBundle) -> None:
             metadata=model.to_record() | {"model": model.config.to_dict()},
             tokenizer=model.tokenizer,
         )
+
+
+def _leave_nothing(workdir: Path, existed: bool) -> None:
+    """Removes what `save_model` has begun, but no step."""
+    directory = workdir / CHECKPOINTS_NAME
+    for _ in range(3):  # the threads may add to a folder that is being removed
+        _remove_half_written(directory)
+    with contextlib.suppress(OSError):  # not empty
+        directory.rmdir()
+        if not existed:
+            workdir.rmdir()
+
+
+def _remove_half_written(directory: Path) -> None:
+    for half_written in directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+        shutil.rmtree(half_written, ignore_errors=True)
 
 
 def _from_first_process(function, *args) -> int:

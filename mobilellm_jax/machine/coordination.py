@@ -24,6 +24,7 @@ import jax
 from flax.traverse_util import flatten_dict
 
 import mobilellm_jax
+from mobilellm_jax import interrupts
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.machine import jax_private
 from mobilellm_jax.machine.arrival import named_processes
@@ -66,11 +67,15 @@ class RunCoordination:
     def __enter__(self) -> "RunCoordination":
         if self._client is not None:
             threading.Thread(target=self._watch, name="peers", daemon=True).start()
+            interrupts.clean_ups.append(self._leave_interrupted)
         return self
 
     def __exit__(self, kind, error, stack) -> None:
-        if self._client is not None and error is not None:
+        if self._client is None:
+            return
+        if error is not None:
             self._fail(error)
+        interrupts.clean_ups.remove(self._leave_interrupted)
 
     # Before the first step.
 
@@ -144,6 +149,8 @@ class RunCoordination:
     def _fail(self, error: BaseException) -> NoReturn:
         """Ends all processes because of an error in this one."""
         text = str(error) or type(error).__name__
+        if interrupts.answered() is not None:
+            self._leave_interrupted()
         if _is_lost_contact(error) or _is_lost_contact(error.__cause__):
             self._leave("at", f"lost contact ({text.splitlines()[0][:200]})", LOST_STATUS)
         elif isinstance(error, UserError):
@@ -155,6 +162,10 @@ class RunCoordination:
             self._leave("cause", "interrupted", 130)
         traceback.print_exception(error)
         self._leave("cause", f"{type(error).__name__}: {text}"[:1000], 1)
+
+    def _leave_interrupted(self) -> NoReturn:
+        """Ends all processes because of a signal to this one."""
+        self._leave("cause", "ended by a signal", interrupts.answered())
 
     def _leave(self, kind: str, text: str, status: int) -> NoReturn:
         """Meets the others at a barrier, says who is missing or to blame, and is gone.

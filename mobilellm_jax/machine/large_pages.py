@@ -2,7 +2,10 @@
 
 import contextlib
 import os
+import signal
 import sys
+
+from mobilellm_jax import interrupts
 
 _NAME, _VALUE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
@@ -16,5 +19,10 @@ def run_with_large_pages() -> None:
     """
     if sys.platform == "linux" and _NAME not in os.environ:
         os.environ[_NAME] = _VALUE
-        with contextlib.suppress(OSError):  # an embedded interpreter cannot be started again
+        with (
+            contextlib.suppress(OSError),  # an embedded interpreter cannot be started again
+            interrupts.blocked(
+                signal.SIGINT, signal.SIGTERM
+            ),  # the process started again takes them
+        ):
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

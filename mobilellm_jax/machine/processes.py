@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import jax
 
+from mobilellm_jax import interrupts
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.machine.arrival import call_roll
 from mobilellm_jax.machine.compilation_cache import use_compilation_cache
@@ -136,6 +137,7 @@ def _connect_alone() -> None:
     socket = f"unix:{folder.name}/socket"
     jax.config.update("jax_cpu_collectives_implementation", None)  # 6 times faster than Gloo
     jax.config.update("jax_check_proxy_envs", False)  # a warning without cause here
+    jax.config.update("jax_enable_preemption_service", False)  # for a moment it takes SIGTERM away
     jax.distributed.initialize(
         socket,
         1,
@@ -145,6 +147,7 @@ def _connect_alone() -> None:
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
     atexit.register(folder.cleanup)
+    interrupts.clean_ups.append(folder.cleanup)
 
 
 def _connect(members: _Members, arrival_seconds: int) -> None:

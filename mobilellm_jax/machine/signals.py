@@ -5,11 +5,13 @@ import datetime
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
 
+from mobilellm_jax import interrupts
 from mobilellm_jax.machine import jax_private
 
 
@@ -19,6 +21,8 @@ class StopRequest:
     def __init__(self):
         self.requested = False
         self._told = False
+        self._since = 0.0
+        self._previous = {}
 
     def agreed(self, step: int) -> bool:
         """Whether the run ends after `step`; every process asks after each of its steps.
@@ -37,26 +41,38 @@ class StopRequest:
             jax_private.store().key_value_set(notice, now, allow_overwrite=True)
         return agreed
 
+    def listen(self) -> None:
+        """Takes signals as requests from now on, inside `stop_signals`."""
+        if self._previous or threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._request)
+
+    def _request(self, number: int, _) -> None:
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
+            # Not print: the signal may have interrupted one.
+            os.write(2, f"{signal.Signals(number).name}: saving the current step ...\n".encode())
+        elif time.monotonic() - self._since > interrupts.SAME_SECONDS:
+            self.leave()
+            with interrupts.working(unwound=False):  # or leaving would wait for the save
+                signal.raise_signal(number)
+
+    def leave(self) -> None:
+        """Signals act as they did before `listen`."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """A request that the first SIGTERM or SIGINT makes; a second one acts as usual."""
+    """A request that the first SIGTERM or SIGINT after its `listen` makes; a second acts as usual.
+
+    A signal that is ignored stays ignored.
+    """
     stop = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = {}
-
-    def request(number, _):
-        stop.requested = True
-        signal.signal(number, previous[number])
-        # Not print: the signal may have interrupted one.
-        os.write(2, f"{signal.Signals(number).name}: saving the current step ...\n".encode())
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, request)
     try:
         yield stop
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        stop.leave()

@@ -2,12 +2,14 @@
 
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mobilellm_jax import interrupts
 from mobilellm_jax.errors import UserError
 
 
@@ -32,19 +34,35 @@ def atomic_folder(target: Path, *, writer: str, replace: bool = False) -> Iterat
         print(f"removing {partial}, left over from an interrupted run", file=sys.stderr)
         shutil.rmtree(partial)  # still locked: another process may find it, too
         os.close(leftover)
-    partial.mkdir(parents=True)
-    lock = _lock_partial(partial, writer)
-    try:
+    others = False
+    with (
+        contextlib.ExitStack() as stack,
+        removed_on_error(lambda: others or shutil.rmtree(partial, ignore_errors=True)),
+    ):
+        try:
+            partial.mkdir(parents=True)
+            stack.callback(os.close, _lock_partial(partial, writer))
+        except (OSError, UserError):
+            others = True
+            raise
         yield partial
         for entry in (*partial.rglob("*"), partial):
             sync_path(entry)
         _rename(partial, target, replace)
         sync_path(target.parent)
+
+
+@contextlib.contextmanager
+def removed_on_error(remove: Callable[[], object]) -> Iterator[None]:
+    """Calls `remove` if its body fails, or if a signal ends the process without leaving it."""
+    interrupts.clean_ups.append(remove)
+    try:
+        yield
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove()
         raise
     finally:
-        os.close(lock)
+        interrupts.clean_ups.remove(remove)
 
 
 def _rename(partial: Path, target: Path, replace: bool) -> None:
@@ -52,13 +70,14 @@ def _rename(partial: Path, target: Path, replace: bool) -> None:
         os.rename(partial, target)  # over an empty folder, if at all
         return
     old = target.with_name(target.name + ".old")
-    os.rename(target, old)
     try:
+        os.rename(target, old)
         os.rename(partial, target)
-    except OSError:
-        os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, target)
 
 
 def _lock_partial(partial: Path, writer: str) -> int:
@@ -117,11 +136,12 @@ def check_can_write(path: Path) -> None:
 def write_file(path: Path, content: bytes) -> None:
     """Writes `path` so that it holds either what it held before or all of `content`."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with removed_on_error(functools.partial(temporary.unlink, missing_ok=True)):
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     sync_path(path.parent)
 
 

@@ -168,19 +168,11 @@ def train_tokenizer(
     """
     output_path = local_path(output_path)
     model = io.BytesIO()
-    interruption = None
-
-    def lines() -> Iterator[str]:
-        nonlocal interruption
-        try:
-            yield from _training_lines(documents, max_sample_bytes)
-        except BaseException as error:  # SentencePiece makes a RuntimeError of it
-            interruption = error
-            raise
-
+    # All of them first: what they or a signal raise in a callback of C++ would be lost.
+    lines = list(_training_lines(documents, max_sample_bytes))
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines(),
+            sentence_iterator=iter(lines),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -200,8 +192,6 @@ def train_tokenizer(
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        if interruption is not None:
-            raise interruption from None
         raise _training_error(error, vocab_size) from error
     tokenizer = SentencePieceTokenizer(model.getvalue(), str(output_path))
     write_file(output_path, tokenizer.model_bytes)

@@ -46,7 +46,8 @@ def train(config: ConfigDict, workdir: str | Path, peers: RunCoordination | None
     """Trains until `config.train.num_steps`, from the newest checkpoint in `workdir` if any.
 
     Running it again after any interruption goes on bitwise as if there had been none. SIGTERM and
-    SIGINT save the current step and return.
+    SIGINT save the current step and return, once there are steps: before, they end a single process
+    as usual, and several save after their first one, as they agree only then.
 
     Args:
       config: of the run.
@@ -69,6 +70,8 @@ def train(config: ConfigDict, workdir: str | Path, peers: RunCoordination | None
             workdir, keep_last=settings.keep_last, keep_every=settings.keep_every or None
         ) as checkpoints,
     ):
+        if peers.num_processes > 1:
+            stop.listen()
         with memory_errors(_STATE_MEND):
             start_step, state = run.restore_or_init(checkpoints)
         if start_step >= config.train.num_steps:
@@ -219,6 +222,7 @@ class _Run:
         """Steps from `start_step` to the end or to a signal; returns the last step done."""
         step, pending = start_step, {}
         compiled = self.compile()
+        stop.listen()
         self.peers.start_clock()
         with contextlib.closing(self.training_batches(start_step)) as batches:
             for batch in batches:
