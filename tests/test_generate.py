@@ -10,7 +10,7 @@ from prepared import DOCUMENTS
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference import generate as generation
 from mobilellm_jax.inference.generate import generate, generate_tokens
-from mobilellm_jax.inference.sampling import Sampling, sample
+from mobilellm_jax.inference.sampling import NO_NUMBERS, Sampling, sample
 from mobilellm_jax.model.decoding import decode_weights
 from mobilellm_jax.model.transformer import MobileLLM
 from mobilellm_jax.model_bundle import ModelBundle, PromptFormat
@@ -130,6 +130,8 @@ def test_fewer_than_one_token_is_refused(count):
     [
         ({"temperature": -1.0}, "temperature = -1.0"),
         ({"temperature": float("nan")}, "temperature = nan"),
+        ({"temperature": float("inf")}, "temperature = inf"),
+        ({"top_p": float("nan")}, "top_p = nan"),
         ({"top_k": -1}, "top_k = -1"),
         ({"top_p": 0.0}, "top_p = 0.0"),
         ({"top_p": 1.1}, "top_p = 1.1"),
@@ -140,11 +142,13 @@ def test_bad_sampling_is_refused(settings, message):
         Sampling(**settings)
 
 
-def frequencies(sampling, draws=20_000):
-    probabilities = np.array([0.4, 0.3, 0.2, 0.06, 0.04])
-    logits = jnp.broadcast_to(jnp.log(probabilities)[None, :], (draws, 5))
-    chosen = sample(logits, jax.random.split(jax.random.key(0), draws), sampling)
-    return np.bincount(chosen, minlength=5) / draws
+FIVE = np.log([0.4, 0.3, 0.2, 0.06, 0.04])
+
+
+def frequencies(sampling, logits=FIVE, draws=20_000):
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (draws, len(logits)))
+    chosen = sample(rows, jax.random.split(jax.random.key(0), draws), sampling)
+    return np.bincount(chosen, minlength=len(logits)) / draws
 
 
 @pytest.mark.parametrize(
@@ -164,6 +168,65 @@ def frequencies(sampling, draws=20_000):
 def test_samples_follow_the_distribution(sampling, expected):
     np.testing.assert_allclose(frequencies(sampling), expected, atol=0.015)
     assert (frequencies(sampling)[np.asarray(expected) == 0] == 0).all()
+
+
+def distribution(logits, sampling):
+    """The probabilities of the tokens, computed in float64 without any of the code under test."""
+    logits = np.asarray(logits, np.float32).astype(np.float64)
+    if sampling.temperature < 1e-6:
+        return np.eye(len(logits))[logits.argmax()]
+    exponentials = np.exp((logits - logits.max()) / sampling.temperature)
+    order = np.argsort(-logits, kind="stable")
+    kept = order[: sampling.top_k or None]
+    probabilities = exponentials[kept] / exponentials[kept].sum()
+    needed = 1 + np.count_nonzero(np.cumsum(probabilities)[:-1] < sampling.top_p)
+    kept = kept[:needed]
+    result = np.zeros(len(logits))
+    result[kept] = exponentials[kept] / exponentials[kept].sum()
+    return result
+
+
+SPREAD = np.random.default_rng(0).normal(size=40) * 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-38, 9e-7, 1.1e-6, 0.7, 1e30, 1e300])
+@pytest.mark.parametrize(
+    "logits",
+    [SPREAD, SPREAD * 1e20, SPREAD * 1e-30, np.where(SPREAD < 0, -np.inf, SPREAD)],
+    ids=["usual", "huge", "tiny", "masked"],
+)
+def test_extreme_settings_give_the_distribution_of_float64(logits, temperature):
+    for top_k, top_p in [(0, 1e-50), (1, 1.0), (7, 0.31), (10**20, 0.96)]:
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        expected = distribution(logits, sampling)
+        found = frequencies(sampling, logits, draws=2000)
+        assert (found[expected == 0] == 0).all()
+        np.testing.assert_allclose(found, expected, atol=0.05)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_choose_no_token(bad, temperature):
+    rows = jnp.array([[1.0, 2.0, 3.0], [1.0, bad, 3.0], [-np.inf] * 3, [-np.inf, 2.0, -np.inf]])
+    sampling = Sampling(temperature=temperature, top_k=2, top_p=0.1)
+    chosen = sample(rows, jax.random.split(jax.random.key(0), 4), sampling)
+    assert chosen.tolist() == [2, NO_NUMBERS, NO_NUMBERS, 1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda scale: scale.at[0].set(np.nan), "weights final_norm/scale hold NaN or Inf"),
+        (lambda scale: jnp.full_like(scale, 3e38), "logits are NaN or infinite: .* float32"),
+    ],
+)
+def test_weights_that_give_no_numbers_are_an_error_at_the_first_token(damage, message):
+    norm = {"scale": damage(jnp.asarray(PARAMS["final_norm"]["scale"]))}
+    stream = generate_tokens(
+        CONFIG, PARAMS | {"final_norm": norm}, PROMPTS, max_tokens=3, sampling=GREEDY
+    )
+    with pytest.raises(UserError, match=message):
+        next(stream)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax.traverse_util import flatten_dict
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.inference.sampling import Sampling, sample
+from mobilellm_jax.inference.sampling import NO_NUMBERS, Sampling, sample
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.decoding import DecodeWeights, decode, decode_weights, make_cache
 from mobilellm_jax.model.execution import Execution, execution_for
@@ -50,7 +51,7 @@ def generate_tokens(
 
     Raises:
       UserError: an empty prompt, ids outside the vocabulary, a prompt that leaves no room in the
-        context, or `max_tokens` below 1.
+        context, `max_tokens` below 1, or logits that are NaN or infinite.
     """
     if max_tokens < 1:
         raise UserError(f"max_tokens = {max_tokens}: use 1 or more")
@@ -71,6 +72,8 @@ def generate_tokens(
     running = np.ones(len(prompts), bool)
     for next_B in _one_ahead(steps):
         chosen = np.asarray(next_B)
+        if (chosen[running] == NO_NUMBERS).any():
+            raise UserError(_why_no_numbers(params, model.execution.dtype))
         yield np.where(running, chosen, -1)
         running &= ~np.isin(chosen, list(stop_ids))
         if not running.any():
@@ -196,6 +199,20 @@ def _check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> lis
                 f"prompt {row + 1} has token id {bad[0]}, the vocabulary has {config.vocab_size}"
             )
     return [len(prompt) for prompt in prompts]
+
+
+def _why_no_numbers(params: dict, dtype: str) -> str:
+    bad = [
+        name
+        for name, value in flatten_dict(params, sep="/").items()
+        if not jnp.isfinite(value).all()
+    ]
+    if bad:
+        return f"the model's weights {', '.join(bad)} hold NaN or Inf: take an earlier checkpoint"
+    return (
+        f"the model's logits are NaN or infinite: its weights are finite, but too large for {dtype}"
+        "; take an earlier checkpoint"
+    )
 
 
 def _execution(config: ModelConfig, prompt_lengths: list[int]) -> Execution:
