@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         interrupts.take_over()  # done already by `__main__`
+        if sys.stdout is not None:  # it may have been closed
+            sys.stdout.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments[0] if arguments and arguments[0] in VERBS else None
     args, rest = _parser(verb).parse_known_args(arguments)
@@ -81,11 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(end="", flush=True)  # or it would be noticed after this that nobody reads
     except BaseException:
         if interrupts.answered() is None:  # else it is what became of the signal's exception
-            status = _status_of_error()
+            status = _status_of_error(arguments)
     return interrupts.answered() or status
 
 
-def _status_of_error() -> int:
+def _status_of_error(arguments: Sequence[str]) -> int:
     """Shows the error that is being handled, if it is one for users; raises it again if not."""
     try:
         raise
@@ -95,6 +97,12 @@ def _status_of_error() -> int:
         return 128 + signal.SIGPIPE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (UnicodeEncodeError, TypeError):  # TypeError: of libraries in C++
+        if not (bad := [a for a in arguments if a.encode(errors="replace").decode() != a]):
+            raise
+        names = " or ".join(f"{a!a:.200}" for a in bad)
+        print(f"error: {names}, which is not UTF-8, cannot be used here; rename", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in _DISK_ERRORS:

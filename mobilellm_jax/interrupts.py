@@ -147,8 +147,11 @@ def _say(number: int) -> None:
 
 def _watch(reader: int) -> None:
     """The thread: sees every signal as it comes, even while the main thread is in C++."""
-    while signal.getsignal(number := os.read(reader, 1)[0]) is not _handle:
-        pass  # one that training takes itself (`machine.signals`)
+    # Not one that training takes itself (`machine.signals`).
+    while (number := os.read(reader, 1)[0]) not in _LINES or signal.getsignal(
+        number
+    ) is not _handle:
+        pass
     first, asked_again, ending = time.monotonic(), None, False
     while True:
         ready, _, _ = select.select([reader], [], [], 0.05)

@@ -6,17 +6,22 @@ import shlex
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
-from model_cases import tiny
-from prepared import make_documents
+from model_cases import random_params, tiny
+from prepared import DOCUMENTS, make_documents
 
+import mobilellm_jax
 from mobilellm_jax.checkpoints import loading
 from mobilellm_jax.cli import VERBS, main
 from mobilellm_jax.data.dataset import Dataset
 from mobilellm_jax.evaluation import perplexity
 from mobilellm_jax.inference import generate as generation
 from mobilellm_jax.inference.sampling import Sampling
+from mobilellm_jax.tokenizers.sentencepiece import train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(capsys, *arguments):
@@ -63,6 +68,7 @@ NOWHERE = ("--checkpoint", "nowhere")
         (["generate", "--checkpoint", ".", "--prompt", "a", "--max_token", "3"], "--max_token"),
         (["generate", *NOWHERE, "--prompt", "a", "--seed", "4294967296"], "use 0 to 4294967295"),
         (["generate", *NOWHERE, "--prompt", "a", "--max_tokens", "0"], "use 1 or more"),
+        (["generate", *NOWHERE, "--prompt", "a\udcff"], r"--prompt 'a\udcff' is not UTF-8"),
         (["evaluate", "--checkpoint", "nowhere", "--data", "x"], "nowhere: no such folder"),
         (["evaluate", *NOWHERE, "--data", "x", "--batch_size", "0"], "--batch_size 0: use 1"),
         (["evaluate", *NOWHERE, "--data", "x", "--protocol", "official"], "--protocol has no"),
@@ -178,6 +184,7 @@ def test_the_flags_of_evaluate_and_generate_arrive(capsys, monkeypatch):
         return ["b"]
 
     monkeypatch.setattr(perplexity, "dataset_perplexity", measure)
+    monkeypatch.setattr(generation, "encode_prompts", lambda *_: None)
     monkeypatch.setattr(generation, "generate", write)
     flags = "--checkpoint run --data d --split train --batch_size 3 --max_records 5"
     assert run(capsys, "evaluate", *flags.split())[0] == 0
@@ -215,22 +222,54 @@ def test_evaluate_refuses_an_output_before_it_reads_a_model(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_prompt_longer_than_the_context_is_refused(capsys, tmp_path, monkeypatch):
-    from model_cases import random_params, tiny
-    from prepared import DOCUMENTS
-
-    import mobilellm_jax
-    from mobilellm_jax.tokenizers.sentencepiece import train_tokenizer
-
-    tokenizer = train_tokenizer(DOCUMENTS, 300, tmp_path / "t.model")
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer(DOCUMENTS, 300, folder / "t.model")
     config = tiny(vocab_size=300, max_seq_len=16)
     mobilellm_jax.save_hf(
-        tmp_path / "m", config, random_params(config), tokenizer_model=tokenizer.model_bytes
+        folder / "m", config, random_params(config), tokenizer_model=tokenizer.model_bytes
     )
-    status, text = run(
-        capsys, "generate", "--checkpoint", tmp_path / "m", "--prompt", "cat dog " * 40
+    return folder / "m"
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_it_is_printed(capsys, small_model):
+    prompt = "cat dog " * 40
+    status, text = run(capsys, "generate", "--checkpoint", small_model, "--prompt", prompt)
+    assert status == 2 and prompt not in text
+    assert re.search(r"prompt 1 has \d+ tokens, the context .* holds 16", text)
+
+
+@pytest.mark.parametrize(
+    ("content", "prompt"),
+    [(b"cat", "cat"), (b"cat\n", "cat"), (b"cat\r\n", "cat"), (b"\ncat \n\n", "\ncat \n")],
+)
+def test_a_prompt_file_loses_one_line_end(tmp_path, monkeypatch, small_model, content, prompt):
+    asked = []
+    monkeypatch.setattr(generation, "generate", lambda _, prompts, **__: asked.extend(prompts))
+    (tmp_path / "p").write_bytes(content)
+    main(["generate", "--checkpoint", str(small_model), "--prompt_file", str(tmp_path / "p")])
+    assert asked == [prompt]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file systems of macOS refuse the name")
+@pytest.mark.parametrize(
+    ("output", "status", "message"),
+    [(b"out", 0, b"out: 1 inputs"), (b"caf\xe9", 2, rb"'caf\udce9', which is not UTF-8")],
+)
+def test_names_that_are_not_utf8_are_read_or_refused(tmp_path, output, status, message):
+    """As where a file was named in Latin-1; ArrayRecord cannot write to such a folder."""
+    (tmp_path / "caf\udce9.txt").write_text("\n".join(DOCUMENTS))
+    flags = [b"--input", b"caf\xe9.txt", b"--vocab_size", b"300", b"--sequence_length", b"32"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mobilellm_jax", "prepare", *flags, "--output", output],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
+        capture_output=True,
     )
-    assert status == 2 and re.search(r"prompt 1 has \d+ tokens, the context .* holds 16", text)
+    assert done.returncode == status and message in done.stdout + done.stderr, done.stderr
+    assert b"Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"] * (status == 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")

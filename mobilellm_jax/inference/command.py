@@ -25,7 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a run's workdir, one of its steps, or a Hugging Face folder",
     )
     add("--prompt", action="append", metavar="TEXT", help="give it again for several at once")
-    add("--prompt_file", metavar="FILE", type=path_flag, help="one prompt: the text of this file")
+    add(
+        "--prompt_file",
+        metavar="FILE",
+        type=path_flag,
+        help="one prompt: the text of this file, without its last line end",
+    )
     add("--max_tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
     add("--top_k", type=int, default=0, metavar="K", help="default: all tokens")
@@ -37,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Prints each prompt with its continuation; a single one as it comes."""
     from mobilellm_jax.checkpoints.loading import load_text_model
-    from mobilellm_jax.inference.generate import generate
+    from mobilellm_jax.inference.generate import encode_prompts, generate
     from mobilellm_jax.inference.sampling import Sampling
     from mobilellm_jax.machine.compilation_cache import use_compilation_cache
 
@@ -47,15 +52,25 @@ def main(args: argparse.Namespace) -> None:
     if args.max_tokens < 1:
         raise UserError(f"--max_tokens {args.max_tokens}: use 1 or more")
     prompts = list(args.prompt or [])
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"--prompt {prompt!a:.80} is not UTF-8; use --prompt_file with a file in UTF-8"
+            ) from error
     if args.prompt_file:
         try:
-            prompts.append(Path(args.prompt_file).read_text(encoding="utf-8"))
+            # Line ends of Windows are read as "\n".
+            text = Path(args.prompt_file).read_text(encoding="utf-8")
+            prompts.append(text.removesuffix("\n"))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{args.prompt_file}: cannot be read as text ({error})") from error
     if not prompts:
         raise UserError("no prompt: give --prompt TEXT or --prompt_file FILE")
     use_compilation_cache()
     model = load_text_model(args.checkpoint, args.tokenizer)
+    encode_prompts(model, prompts)  # a prompt that is refused is not printed
     single = len(prompts) == 1
     if single:
         print(prompts[0], end="", flush=True)

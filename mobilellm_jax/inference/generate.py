@@ -133,10 +133,8 @@ def generate(
     Raises:
       UserError: see `generate_tokens`; or a tokenizer with more ids than the model.
     """
-    tokenizer = model.tokenizer
-    check_vocabulary(tokenizer, model.config.vocab_size, "the tokenizer")
-    ids = [tokenizer.encode(prompt, bos=model.bos_id is not None) for prompt in prompts]
-    rows = [_RowText(tokenizer, prompt_ids) for prompt_ids in ids]
+    ids = encode_prompts(model, prompts)
+    rows = [_RowText(model.tokenizer, prompt_ids) for prompt_ids in ids]
     stop_ids = frozenset(model.stop_ids)
     for tokens in generate_tokens(
         model.config,
@@ -154,6 +152,18 @@ def generate(
         if piece := text.finish():
             on_text(row, piece)
     return [row.text for row in rows]
+
+
+def encode_prompts(model: ModelBundle, prompts: Sequence[str]) -> list[list[int]]:
+    """The token ids of each prompt, BOS first if the model has one.
+
+    Raises:
+      UserError: prompts that `generate_tokens` refuses; a tokenizer with more ids than the model.
+    """
+    check_vocabulary(model.tokenizer, model.config.vocab_size, "the tokenizer")
+    ids = [model.tokenizer.encode(prompt, bos=model.bos_id is not None) for prompt in prompts]
+    _check_prompts(model.config, ids)
+    return ids
 
 
 class _RowText:

@@ -48,15 +48,15 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.A
     Returns:
       `NO_NUMBERS` for a row with a NaN, with an infinite logit, or without a possible token.
     """
-    best_B1 = logits_BV.max(axis=-1, keepdims=True)
-    chosen_B = _choose(logits_BV, best_B1, keys_B, sampling).astype(jnp.int32)
-    return jnp.where(jnp.isfinite(best_B1[:, 0]), chosen_B, NO_NUMBERS)
+    chosen_B1 = jnp.argmax(logits_BV, axis=-1, keepdims=True)  # of a NaN, if there is one
+    best_B1 = jnp.take_along_axis(logits_BV, chosen_B1, axis=-1)
+    chosen_B = chosen_B1[:, 0]
+    if sampling.temperature >= _GREEDY_BELOW:
+        chosen_B = _draw(logits_BV, best_B1, keys_B, sampling)
+    return jnp.where(jnp.isfinite(best_B1[:, 0]), chosen_B, NO_NUMBERS).astype(jnp.int32)
 
 
-def _choose(logits_BV, best_B1, keys_B, sampling: Sampling) -> jax.Array:
-    if sampling.temperature < _GREEDY_BELOW:
-        return jnp.argmax(logits_BV, axis=-1)
-
+def _draw(logits_BV, best_B1, keys_B, sampling: Sampling) -> jax.Array:
     def scaled(logits_BV):  # the best becomes 0, whatever the temperature
         return (logits_BV - best_B1) / min(sampling.temperature, _UNIFORM_ABOVE)
 
