@@ -68,7 +68,7 @@ def plan_platforms(args) -> None:
                 raise UserError(f"{preset} does not fit {platform}: change configs/{preset}.py")
             write_plan(plan, path)
             print(
-                f"{platform} {preset}: {plan.memory.total / plan.memory.capacity:.0%} of memory, "
+                f"{platform} {preset}: {plan.share_of_memory} of memory, "
                 f"compiled in {plan.compile_seconds:.0f} s",
                 flush=True,
             )

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +13,9 @@ from mobilellm_jax import cli
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.machine.hardware import PeakFlops
 from mobilellm_jax.model.presets import PRESETS
+from mobilellm_jax.planning import command, report, topologies
 from mobilellm_jax.planning import plan as plan_module
 from mobilellm_jax.planning import search as searching
-from mobilellm_jax.planning import topologies
 from mobilellm_jax.planning.plan import make_plan
 from mobilellm_jax.planning.report import Budget, plan_dict, plan_text, read_plan
 from mobilellm_jax.planning.topologies import PLATFORMS, Chip, Topology, topology
@@ -98,6 +100,105 @@ def test_a_chip_with_too_little_memory_does_not_fit(plan):
     refused = dataclasses.replace(plan, refused="Ran out of memory: used 20G of 16G")
     assert not refused.fits
     assert "Ran out of memory" in plan_text(refused, Budget(1e9, None))
+
+
+# What libtpu 0.0.42.1 counts for 125m, 2,048 tokens a row, data parallel on v5e:2x2
+# (`compiled.memory_analysis()`), by rows on a chip. At 18 rows it refuses.
+RECORDED = {
+    16: (1_531_491_840, 1_531_100_672, 1_531_098_624, 15_094_032_384, 21_327_872),
+    17: (1_531_688_448, 1_531_100_672, 1_531_098_624, 15_403_394_048, 24_374_784),
+}
+PARAMS_125M = 124_635_456
+
+
+def recorded_plan(plan, rows):
+    """`plan` with the memory of 125m on a v5e, as the compiler counted it."""
+    names = ("argument", "output", "alias", "temp", "generated_code")
+    sizes = rows in RECORDED and SimpleNamespace(
+        **{f"{name}_size_in_bytes": n for name, n in zip(names, RECORDED[rows], strict=True)}
+    )
+    memory = plan_module._memory(
+        4 * PARAMS_125M,
+        8 * PARAMS_125M + 8,
+        16 * rows * 2048,
+        sizes or None,
+        topologies.CHIPS["v5e"].memory_bytes,
+    )
+    return dataclasses.replace(plan, memory=memory, refused=None if sizes else "15.89G of memory")
+
+
+def test_a_batch_that_exceeds_the_chip_by_padding_and_program_does_not_fit(plan):
+    """17 rows are 15.739 GiB of 15.75 without the two, and 15.795 with them."""
+    seventeen = recorded_plan(plan, 17)
+    arguments, output, alias, temporaries, program = RECORDED[17]
+    assert seventeen.memory.total == arguments + output - alias + temporaries + program
+    assert seventeen.memory.total / topologies.GIB == pytest.approx(15.795, abs=1e-3)
+    assert seventeen.memory.padding == arguments - 12 * PARAMS_125M - 8 - 16 * 17 * 2048
+    without = seventeen.memory.total - seventeen.memory.padding - program - (output - alias)
+    assert without < seventeen.memory.capacity < seventeen.memory.total
+    assert not seventeen.fits and seventeen.verdict == "does not fit"
+    assert "together: DOES NOT FIT" in plan_text(seventeen, Budget(1e9, None))
+    assert plan_dict(seventeen, Budget(1e9, None))["fits"] is False
+
+
+def test_a_batch_that_leaves_less_than_three_percent_is_a_warning(plan):
+    sixteen = recorded_plan(plan, 16)
+    assert sixteen.fits and sixteen.memory.tight and sixteen.share_of_memory == "98.4%"
+    text = plan_text(sixteen, Budget(1e9, None))
+    assert "WARNING: 1.6% of the memory is left" in text and "together: fits, tight" in text
+    values = plan_dict(sixteen, Budget(1e9, None))
+    assert values["fits"] and values["tight"]
+    roomy = dataclasses.replace(sixteen.memory, capacity=-(-sixteen.memory.total * 100 // 97))
+    assert roomy.fits and not roomy.tight
+    assert "WARNING" not in plan_text(dataclasses.replace(plan, memory=roomy), Budget(1e9, None))
+
+
+def test_a_search_ranks_and_shows_the_true_verdicts(plan, monkeypatch, capsys, tmp_path):
+    """Table, JSON and picture; a refused plan shows no share of memory that it does not have."""
+    slow = dataclasses.replace(plan.step, matmul=1.0)
+    plans = [recorded_plan(plan, rows) for rows in (18, 17, 16)]
+    plans.append(dataclasses.replace(plan, step=slow))
+    monkeypatch.setattr(searching, "search", lambda *_: ((None, each) for each in plans))
+    found = command._search(None, None, T)
+    assert [each.verdict for _, each in found] == ["fits, tight", "fits", *2 * ["does not fit"]]
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith("| ")][2:]
+    columns = [[cell.strip() for cell in row.split("|")[2:4]] for row in rows]
+    assert columns[0] == ["fits, tight", "98.4%"]
+    assert sorted(columns[2:]) == [["does not fit", "100.3%"], ["does not fit", "over 100%"]]
+    command._write(tmp_path, found, "", Budget(1e9, None))
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert [each["fits"] for each in written] == [True, True, False, False]
+    assert [each["tight"] for each in written] == [True, False, False, False]
+    (refused,) = (each for each in written if each["refused"])
+    assert refused["memory"]["total"] is None and refused["memory"]["temporaries"] is None
+    assert [read_plan(each).verdict for each in written] == [each.verdict for _, each in found]
+
+
+def test_a_bar_of_memory_is_as_long_as_the_total(plan):
+    for rows in RECORDED:
+        each = recorded_plan(plan, rows)
+        assert sum(report._memory_parts(each).values()) == each.memory.total
+
+
+def test_plans_that_were_written_before_padding_was_counted_are_read():
+    for path in Path("docs/plans").glob("*/*.json"):
+        values = json.loads(path.read_text())
+        parts = ("weights", "optimizer", "batch", "temporaries")
+        old = {name: values["memory"][name] for name in (*parts, "capacity")}
+        assert read_plan(values | {"memory": old}).memory.total == sum(old[name] for name in parts)
+
+
+def test_a_gpu_has_the_share_of_its_memory_that_jax_takes(monkeypatch):
+    for variable in topologies._GPU_SHARE_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(topologies, "_gpu_devices", lambda *_: ())
+    assert topology("h100:8").chip.memory_bytes == int(0.75 * 79.1 * topologies.GIB)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    assert topology("h100:8").chip.memory_bytes == int(0.5 * 79.1 * topologies.GIB)
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "90%")
+    with pytest.raises(UserError, match="XLA_CLIENT_MEM_FRACTION=90%: use a share"):
+        topology("h100:8")
 
 
 def test_cost_is_days_times_chips_times_price(plan):

@@ -88,14 +88,17 @@ def _search(config, hardware, length) -> list:
     rows, plans = [], []
     for number, (_, plan) in enumerate(search(config, hardware, length), 1):
         name = _flags(plan)
-        verdict = "fits" if plan.fits else "does not fit"
-        print(f"{number}. {name}: {verdict}, compiled in {plan.compile_seconds:.0f} s", flush=True)
+        print(
+            f"{number}. {name}: {plan.verdict}, compiled in {plan.compile_seconds:.0f} s",
+            flush=True,
+        )
         plans.append((name, plan))
     plans.sort(key=lambda pair: (not pair[1].fits, pair[1].step.slowest))
     for name, plan in plans:
-        rate = f"{plan.tokens_per_second(plan.step.slowest):,.0f}" if plan.fits else "does not fit"
-        rows.append((rate, f"{plan.memory.total / plan.memory.capacity:.0%}", name))
-    print("\n" + table(("tokens/s, network not hidden", "of memory", "settings"), rows) + "\n")
+        rate = f"{plan.tokens_per_second(plan.step.slowest):,.0f}" if plan.fits else ""
+        rows.append((rate, plan.verdict, plan.share_of_memory, name))
+    header = ("tokens/s, network not hidden", "verdict", "of memory", "settings")
+    print("\n" + table(header, rows) + "\n")
     return plans
 
 

@@ -18,10 +18,24 @@ GIB = 1 << 30
 
 ASSUMPTIONS = f"""\
 Read off the compiled program: memory, kernel, donation, collectives. Modelled, not measured: time.
+Of a GPU's memory JAX hands out 75%, or what XLA_CLIENT_MEM_FRACTION says, here and in the run.
 It takes the published rates of the chip; {planning.MATMUL_SHARE:.0%} of the matmul peak; attention
 at {planning.ATTENTION_SHARE["splash"]:.0%} of the peak in a fused kernel and \
 {planning.ATTENTION_SHARE["xla"]:.0%} without; elementwise work at the memory's bandwidth. The two
 figures of a rate are for no collective hidden behind computing, and for all of them hidden."""
+
+_PARTS = {
+    "weights": "master weights, fp32",
+    "optimizer": "optimizer state, fp32",
+    "batch": "batch",
+    "padding": "padding of these to tiles",
+    "returned": "returned, not in place",
+    "temporaries": "temporaries",
+    "program": "program",
+}
+_TIGHT = """\
+WARNING: {left:.1%} of the memory is left, less than {least:.0%}. A run keeps more there than its
+step: the next batches, the program of evaluation. Raise config.train.accumulation_steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +53,7 @@ class Budget:
 
 def plan_dict(plan: Plan, budget: Budget) -> dict:
     """All of a plan and what follows from it, for JSON."""
-    values = dataclasses.asdict(plan) | {"fits": plan.fits}
+    values = dataclasses.asdict(plan) | {"fits": plan.fits, "tight": plan.memory.tight}
     values["memory"]["total"] = plan.memory.total
     for row, collective in zip(values["collectives"], plan.collectives, strict=True):
         row["sent_per_chip"] = traffic(collective)
@@ -56,10 +70,11 @@ def plan_dict(plan: Plan, budget: Budget) -> dict:
 
 
 def read_plan(values: dict) -> Plan:
-    """The plan that `plan_dict` was made of."""
+    """The plan that `plan_dict` was made of, now or before parts of the memory were counted."""
 
     def known(kind, found):
-        return {field.name: found[field.name] for field in dataclasses.fields(kind)}
+        names = {field.name for field in dataclasses.fields(kind)}
+        return {name: value for name, value in found.items() if name in names}
 
     collectives = [
         Collective(**known(Collective, row) | {"axes": tuple(row["axes"])})
@@ -88,8 +103,11 @@ def plan_text(plan: Plan, budget: Budget) -> str:
     if plan.refused:
         lines += ["", f"DOES NOT FIT: {plan.refused}"]
     else:
-        share = plan.donated / plan.state
-        lines.append(f"donated    {min(share, 1):.0%} of the state is updated in place")
+        share = plan.donated / (plan.donated + plan.memory.returned)
+        lines.append(f"donated    {share:.0%} of what a step returns is updated in place")
+    if plan.memory.tight:
+        left = 1 - plan.memory.total / plan.memory.capacity
+        lines += ["", _TIGHT.format(left=left, least=planning.MIN_HEADROOM)]
     lines += ["", _memory_table(plan)]
     if not plan.refused:
         lines += ["", _network_table(plan), "", _time_table(plan), "", _rate_table(plan, budget)]
@@ -99,17 +117,10 @@ def plan_text(plan: Plan, budget: Budget) -> str:
 
 def _memory_table(plan: Plan) -> str:
     memory = plan.memory
-    rows = [
-        ("master weights, fp32", f"{memory.weights / GIB:.3f}"),
-        ("optimizer state, fp32", f"{memory.optimizer / GIB:.3f}"),
-        ("batch", f"{memory.batch / GIB:.3f}"),
-    ]
+    rows = [(_PARTS[name], f"{size / GIB:.3f}") for name, size in _memory_parts(plan).items()]
     if not plan.refused:
-        verdict = "fits" if memory.fits else "DOES NOT FIT"
-        rows += [
-            ("temporaries", f"{memory.temporaries / GIB:.3f}"),
-            (f"together: {verdict}", f"{memory.total / GIB:.3f}"),
-        ]
+        verdict = plan.verdict if plan.fits else plan.verdict.upper()
+        rows.append((f"together: {verdict}", f"{memory.total / GIB:.3f}"))
     return table(("memory of a chip", "GiB"), [*rows, ("there is", f"{memory.capacity / GIB:.2f}")])
 
 
@@ -180,12 +191,14 @@ def draw(plans: list[tuple[str, Plan]], path: Path) -> None:
     height = sum(max(0.5, 0.2 * (1 + name.count("\n"))) for name in names)
     figure = Figure(figsize=(11, 1.9 + height), layout="constrained")
     memory, step = figure.subplots(1, 2, sharey=True)
-    _bars(memory, [_memory_parts(plan) for _, plan in plans])
+    parts = [_memory_parts(plan) for _, plan in plans]
+    _bars(memory, [{name: size / GIB for name, size in row.items()} for row in parts])
     for row, (_, plan) in enumerate(plans):
         capacity = plan.memory.capacity / GIB
         memory.plot([capacity, capacity], [row - 0.45, row + 0.45], color="black", linewidth=2)
-        if not plan.fits:
-            memory.text(capacity, row, " does not fit", va="center", color="tab:red")
+        if plan.verdict != "fits":
+            color = "tab:orange" if plan.fits else "tab:red"
+            memory.text(capacity, row, f" {plan.verdict}", va="center", color=color)
     memory.set(xlabel="GiB of a chip (black: what there is)", yticks=range(len(plans)))
     memory.set_yticklabels(names)
     memory.invert_yaxis()
@@ -198,9 +211,11 @@ def draw(plans: list[tuple[str, Plan]], path: Path) -> None:
     _save(figure, path)
 
 
-def _memory_parts(plan: Plan) -> dict[str, float]:
-    parts = dataclasses.asdict(plan.memory)
-    return {name: parts[name] / GIB for name in ("weights", "optimizer", "batch", "temporaries")}
+def _memory_parts(plan: Plan) -> dict[str, int]:
+    """Bytes by name, in the order of the table; of a refused plan those that are known."""
+    parts = plan.memory.parts
+    known = ("weights", "optimizer", "batch") if plan.refused else _PARTS
+    return {name: parts[name] for name in known}
 
 
 def _shares(plan: Plan) -> dict[str, float]:

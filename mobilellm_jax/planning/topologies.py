@@ -24,7 +24,8 @@ class Chip:
 
     Attributes:
       platform: "tpu" or "cuda".
-      memory_bytes: what a program can use of it.
+      memory_bytes: what a program can use of it; of a GPU what CUDA reports, of which JAX takes a
+        share (`_gpu_share`).
       memory_bandwidth: bytes/s.
       fast_bandwidth: bytes/s that a chip sends to its neighbours along one axis of the mesh: both
         directions of a ring of TPU links, one direction of NVLink.
@@ -44,7 +45,7 @@ class Chip:
 # GB/s, on v5p and v6e 90) as in "How to Scale Your Model" (jax-ml.github.io/scaling-book), twice
 # for the two directions of a ring.
 # GPUs: NVIDIA's data sheets (SXM); beyond the host one 400 Gb/s adapter per GPU (A100: 200 Gb/s),
-# as in NVIDIA's DGX systems. A tenth of a GPU's memory is left to CUDA and NCCL.
+# as in NVIDIA's DGX systems. Their memory is what CUDA reports of them (79.1 of "80 GB").
 CHIPS = {
     "v4": Chip("tpu", 32 * GIB, 1.2e12, 90e9),
     "v5e": Chip("tpu", int(15.75 * GIB), 0.82e12, 90e9),
@@ -52,7 +53,7 @@ CHIPS = {
     "v6e": Chip("tpu", int(31.25 * GIB), 1.64e12, 180e9),
     "a100": Chip(
         "cuda",
-        int(0.9 * 80 * GIB),
+        int(79.1 * GIB),
         2.04e12,
         300e9,
         25e9,
@@ -69,7 +70,7 @@ CHIPS = {
     ),
     "h100": Chip(
         "cuda",
-        int(0.9 * 80 * GIB),
+        int(79.1 * GIB),
         3.35e12,
         450e9,
         50e9,
@@ -86,7 +87,7 @@ CHIPS = {
     ),
     "h200": Chip(
         "cuda",
-        int(0.9 * 140 * GIB),
+        int(139.7 * GIB),
         4.8e12,
         450e9,
         50e9,
@@ -110,6 +111,11 @@ PLATFORMS = {
     "h100-8": "h100:8",
     "h100-64": "h100:8x8",
 }
+
+# Of a GPU's memory, unless an environment variable says otherwise; the rest is CUDA's and NCCL's:
+# docs.jax.dev/en/latest/gpu_memory_allocation.html.
+_GPU_SHARE = 0.75
+_GPU_SHARE_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 _TARGET = """\
 gpu_device_info {{
@@ -164,6 +170,8 @@ def topology(name: str) -> Topology:
             f" h100:8 or, for 8 hosts of 8, h100:8x8; the kinds are {', '.join(CHIPS)}"
         )
     chip = CHIPS[kind]
+    if chip.platform == "cuda":
+        chip = dataclasses.replace(chip, memory_bytes=int(_gpu_share() * chip.memory_bytes))
     name = f"{kind}:{layout}"
     make = _tpu_devices if chip.platform == "tpu" else _gpu_devices
     return Topology(name, chip, tuple(make(name, chip, sizes)))
@@ -185,6 +193,20 @@ def _tpu_devices(name: str, chip: Chip, sizes: list[int]):
             "(v5e, v6e) or 2x2x1, 4x4x4, 8x8x4, ... (v4, v5p)"
         ) from error
     return found.devices
+
+
+def _gpu_share() -> float:
+    """The share of a GPU that JAX's allocator takes in the run, as in `jaxlib.xla_client`."""
+    for variable in _GPU_SHARE_VARIABLES:
+        if value := os.environ.get(variable):
+            try:
+                share = float(value)
+            except ValueError:
+                share = 0.0
+            if not 0 < share <= 1:
+                raise UserError(f"{variable}={value}: use a share of a GPU's memory, as in 0.9")
+            return share
+    return _GPU_SHARE
 
 
 def _gpu_devices(name: str, chip: Chip, sizes: list[int]):
