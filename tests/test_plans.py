@@ -97,7 +97,8 @@ for rows in (4, 1 << 14):
     config = load_config("configs/quickstart.py")
     config.mesh.data, config.train.global_batch_size = 4, 4 * rows
     plan = make_plan(config, hardware, config.model.max_seq_len)
-    print("PLAN", json.dumps([plan_dict(plan, Budget(1e12, None)), plan_text(plan, Budget(1, None))]))
+    found = plan_dict(plan, Budget(1e12, None)), plan_text(plan, Budget(1e12, None))
+    print("PLAN", json.dumps(found))
 """
 
 

@@ -89,10 +89,12 @@ def measure_train(bench: Benchmark) -> None:
             continue
         side["tokens_per_second"] = num_tokens / side["seconds"]["median"]
         if peak:
-            side["mfu"] = {
+            mfu = {
                 count: value * side["tokens_per_second"] / peak
                 for count, value in vars(flops).items()
             }
+            if max(mfu.values()) <= 1:  # else the peak was measured while others computed
+                side["mfu"] = mfu
 
 
 def measure_losses(bench: Benchmark) -> None:

@@ -332,7 +332,7 @@ def _bandwidth(collective: Collective, hardware: Topology, mesh: jax.sharding.Me
 def _peak(mesh: jax.sharding.Mesh, dtype: str) -> float:
     """Published; XLA's fp32 products on TPUs are one pass of bfloat16 by default."""
     device = mesh.devices.flat[0]
-    return peak_flops(device, "bfloat16" if device.platform == "tpu" else dtype).value
+    return peak_flops(device, "bfloat16" if device.platform == "tpu" else dtype)
 
 
 def _memory(weights: int, optimizer: int, batch: int, sizes, capacity: int) -> Memory:

@@ -45,7 +45,8 @@ class MetricsLog:
       total_steps: steps of the whole run.
       tokens_per_step: tokens of one global batch.
       flops_per_token: training FLOPs per token (`train_flops_per_token(...).causal`).
-      peak_flops_total: FLOP/s of all devices of the run together.
+      peak_flops_total: FLOP/s of all devices of the run together; None where no figure is
+        published: then there is no `throughput/mfu`.
       tokens_per_epoch: tokens of one pass over the data, where known: adds `progress/epoch`.
       enabled: False on all processes but the first: then nothing is written or printed.
     """
@@ -58,14 +59,14 @@ class MetricsLog:
         total_steps: int,
         tokens_per_step: int,
         flops_per_token: float,
-        peak_flops_total: float,
+        peak_flops_total: float | None,
         tokens_per_epoch: int | None = None,
         enabled: bool = True,
     ):
         self._workdir = local_path(workdir)
         self._total_steps = total_steps
         self._tokens_per_step = tokens_per_step
-        self._mfu_per_rate = flops_per_token / peak_flops_total
+        self._mfu_per_rate = flops_per_token / peak_flops_total if peak_flops_total else None
         self._tokens_per_epoch = tokens_per_epoch
         self._enabled = enabled
         self._created = time.monotonic()
@@ -101,8 +102,10 @@ class MetricsLog:
     def log_train(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Records `values` (`train/loss`, `train/learning_rate`, `train/grad_norm`) of `step`.
 
-        Adds `throughput/step_seconds`, `throughput/tokens_per_second` and `throughput/mfu` (the
-        share of the peak, 0 to 1) from the second call on, or from the first after `start_clock`.
+        Adds `throughput/step_seconds`, `throughput/tokens_per_second` and, on devices with a
+        published peak, `throughput/mfu` (the share of it, 0 to 1) from the second call on, or from
+        the first after `start_clock`. A share of more than 1 is left out: the peak is not that of
+        the device then.
         """
         record = {name: float(value) for name, value in values.items()}
         if self._interval_start is not None and step > self._interval_start[0]:
@@ -112,7 +115,8 @@ class MetricsLog:
             rate = self._tokens_per_step / step_seconds
             record["throughput/step_seconds"] = step_seconds
             record["throughput/tokens_per_second"] = rate
-            record["throughput/mfu"] = rate * self._mfu_per_rate
+            if self._mfu_per_rate and (share := rate * self._mfu_per_rate) <= 1:
+                record["throughput/mfu"] = share
         self.start_clock(step)
         self._write(step, record)
         self._print("step", step, [*_train_parts(record), self._times(step)])

@@ -169,7 +169,7 @@ class _Run:
             total_steps=self.config.train.num_steps,
             tokens_per_step=self.tokens_per_step,
             flops_per_token=self.flops_per_token,
-            peak_flops_total=self.peak.value * self.program.mesh.size,
+            peak_flops_total=self.peak and self.peak * self.program.mesh.size,
             tokens_per_epoch=self.data.num_train_records * self.data.seq_len,
             enabled=jax.process_index() == 0,
         )
@@ -194,11 +194,16 @@ class _Run:
             f"({total / data:.2f} epochs)\n"
             f"batch    {self.tokens_per_step:,} tokens per step, "
             f"{self.config.train.num_steps:,} steps, from step {start_step:,}\n"
-            f"devices  {device}, {self.program.execution.dtype}, peak "
-            f"{self.peak.value / 1e12:.3g} TFLOP/s each, {self.peak.source}\n"
+            f"devices  {device}, {self.program.execution.dtype}, {self.describe_peak()}\n"
             f"eval     {self.describe_eval()}",
             flush=True,
         )
+
+    def describe_peak(self) -> str:
+        """The denominator of MFU, in words."""
+        if self.peak is None:
+            return "no published peak, so no MFU"
+        return f"published peak {self.peak / 1e12:.3g} TFLOP/s each"
 
     def describe_eval(self) -> str:
         """What the loop evaluates on, in words."""
