@@ -200,6 +200,13 @@ def test_a_gpu_has_the_share_of_its_memory_that_jax_takes(monkeypatch):
         topology("h100:8")
 
 
+def test_a_batch_that_would_overflow_a_compiler_is_refused(hardware):
+    config = run_config(data=8)
+    config.train.global_batch_size = 8 * 10**12
+    with pytest.raises(UserError, match="its tokens alone take 178,814 GiB of a chip, which has 1"):
+        make_plan(config, hardware, T)
+
+
 def test_cost_is_days_times_chips_times_price(plan):
     values = plan_dict(plan, Budget(1e12, 2.0))["predicted"]["network not hidden"]
     seconds = 1e12 / values["tokens_per_second"]
@@ -283,7 +290,71 @@ def test_a_search_in_vain_ends_with_3(tmp_path, monkeypatch, capsys, hardware, p
     assert (tmp_path / "out" / "plan.json").exists() == tried
 
 
-@pytest.mark.parametrize("name", ["v5e", "h900:8", "v5e:", "h100:0", "v5e:4xx4", "tpu:4x4"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5e:32x32", "a slice of v5e has at most 256 chips, not 1,024"),
+        ("v5e:1000x1000", "at most 256 chips, not 1,000,000"),
+        ("v5e:2x2x2", "v5e has 2 sizes, as in v5e:2x2"),
+        ("v5p:4x4", "v5p has 3 sizes, as in v5p:2x2x1"),
+        ("v5p:32x32x32", "at most 6,144 chips, not 32,768"),
+        ("h100:16", "a host has at most 8 GPUs, as in h100:2x8 for 16"),
+        ("h100:1000x8", "a plan at most 4,096"),
+        ("h100:2x2x2", "GPUs are KIND:GPUS or KIND:HOSTSxGPUS"),
+    ],
+)
+def test_hardware_that_nobody_has_is_refused_at_once(name, message):
+    """With or without its compiler, which takes such names and hangs with some."""
+    with pytest.raises(UserError, match=message):
+        topology(name)
+
+
+def plan_arguments(folder, *arguments):
+    (folder / "config.py").write_text("from test_plan import run_config as get_config\n")
+    return ["plan", "--config", str(folder / "config.py"), "--topology", "eight:8", *arguments]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "nan"], "--tokens nan: use a number of more than 0"),
+        (["--price", "inf"], "--price inf: use a number of more than 0"),
+        (["--sequence_length", "65"], "--sequence_length 65: config.model.max_seq_len is 64; set"),
+        (["--output", ""], "--output '': cannot be made a folder"),
+        (["--output", "config.py"], "--output 'config.py': cannot be made a folder"),
+        (
+            ["--search", "--config.train.global_batch_size=7"],
+            "config.train.global_batch_size = 7 does not split over the 8 chips of eight:8: use a "
+            "multiple of 4 or 8",
+        ),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_compiled(
+    tmp_path, monkeypatch, capsys, hardware, arguments, message
+):
+    monkeypatch.setattr(topologies, "topology", lambda name: hardware)
+    monkeypatch.setattr(plan_module, "make_plan", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(searching, "make_plan", lambda *_: pytest.fail("compiled"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        raise SystemExit(cli.main(plan_arguments(tmp_path, *arguments)))
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "v5e",
+        "h900:8",
+        "v5e:",
+        "h100:0",
+        "v5e:4xx4",
+        "tpu:4x4",
+        "v5e:\u0662x\u0662",
+        "h100:" + "9" * 5000,
+    ],
+)
 def test_an_unknown_topology_lists_the_known(name):
     with pytest.raises(UserError, match=r"write KIND:SIZES.*the kinds are v4, v5e, .*h200"):
         topology(name)

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+import os
 import sys
 from pathlib import Path
 
@@ -54,10 +56,17 @@ def main(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, args.overrides)
     for name in ("tokens", "price", "sequence_length"):
-        if (value := getattr(args, name)) is not None and value <= 0:
-            raise UserError(f"--{name} {value:g}: use more than 0")
-    hardware = topology(args.topology)
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} {value:g}: use a number of more than 0")
     length = args.sequence_length or config.model.max_seq_len
+    if length > config.model.max_seq_len:  # as `train` refuses the data
+        raise UserError(
+            f"--sequence_length {length}: config.model.max_seq_len is {config.model.max_seq_len}; "
+            f"set --config.model.max_seq_len={length} too, or plan shorter sequences"
+        )
+    hardware = topology(args.topology)
+    if args.output is not None:
+        _make_folder(args.output)  # before minutes of compiling, not after
     budget = Budget(args.tokens, args.price)
     if args.search:
         plans = _search(config, hardware, length)
@@ -74,7 +83,7 @@ def main(args: argparse.Namespace) -> None:
     best = plans[0][1]
     text = plan_text(best, budget)
     print(text)
-    if args.output:
+    if args.output is not None:
         _write(Path(args.output), plans, text, budget)
     if not best.fits:
         raise SystemExit(3)
@@ -98,7 +107,8 @@ def _search(config, hardware, length) -> list:
         rate = f"{plan.tokens_per_second(plan.step.slowest):,.0f}" if plan.fits else ""
         rows.append((rate, plan.verdict, plan.share_of_memory, name))
     header = ("tokens/s, network not hidden", "verdict", "of memory", "settings")
-    print("\n" + table(header, rows) + "\n")
+    if rows:
+        print("\n" + table(header, rows) + "\n")
     return plans
 
 
@@ -114,11 +124,19 @@ def _flags(plan) -> str:
     return " ".join(f"--config.{key}={value}" for key, value in values.items())
 
 
+def _make_folder(output: str) -> None:
+    try:
+        Path(output or os.devnull).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output {output!r}: cannot be made a folder ({error.strerror}); name another"
+        ) from error
+
+
 def _write(folder: Path, plans: list, text: str, budget) -> None:
     from mobilellm_jax.planning.report import draw, plan_dict
     from mobilellm_jax.storage.atomic import write_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     values = [{"name": name, **plan_dict(plan, budget)} for name, plan in plans]
     write_file(folder / "plan.json", (json.dumps(values, indent=2) + "\n").encode())
     write_file(folder / "plan.md", f"# {plans[0][0]}\n\n{text}\n".encode())

@@ -19,7 +19,7 @@ from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.costs import count_params, matmul_params_per_token, train_flops_per_token
 from mobilellm_jax.model.execution import Execution
 from mobilellm_jax.planning.collectives import Collective, collectives, traffic
-from mobilellm_jax.planning.topologies import Topology
+from mobilellm_jax.planning.topologies import GIB, Topology
 from mobilellm_jax.training import run_config
 from mobilellm_jax.training.program import TrainProgram
 from mobilellm_jax.training.sharding import make_mesh
@@ -210,11 +210,20 @@ def make_plan(config: ConfigDict, hardware: Topology, sequence_length: int) -> P
     """Compiles the training step of `config` for `hardware`.
 
     Raises:
-      UserError: settings, mesh, batch or kernel that do not go together.
+      UserError: settings, mesh, batch or kernel that do not go together; a batch whose tokens
+        alone are more than a chip holds.
     """
     model = run_config.model_config(config)
     mesh = make_mesh(config.mesh, model, hardware.devices)
     program = TrainProgram(config, model, mesh, sequence_length)
+    rows = config.train.global_batch_size * sequence_length * 4 * 4
+    batch = rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+    if batch > hardware.chip.memory_bytes:  # compilers abort the process when sizes overflow
+        raise UserError(
+            f"config.train.global_batch_size = {config.train.global_batch_size}: its tokens alone "
+            f"take {batch / GIB:,.0f} GiB of a chip, which has "
+            f"{hardware.chip.memory_bytes / GIB:.0f}"
+        )
     lowered = program.lower()
     start, refused, text = time.monotonic(), None, ""
     try:
@@ -228,11 +237,10 @@ def make_plan(config: ConfigDict, hardware: Topology, sequence_length: int) -> P
     state = program.abstract_state()
     found = [] if refused else collectives(text, mesh)
     sizes = None if refused else compiled.memory_analysis()
-    rows = config.train.global_batch_size * sequence_length * 4 * 4
     memory = _memory(
         _bytes_on_a_chip(state.params),
         _bytes_on_a_chip(state.opt_state),
-        rows // (mesh.shape["data"] * mesh.shape["fsdp"]),
+        batch,
         sizes,
         hardware.chip.memory_bytes,
     )

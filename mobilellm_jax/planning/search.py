@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.costs import count_params
 from mobilellm_jax.model.execution import Execution, compute_dtype
@@ -59,13 +60,28 @@ def candidates(config: ConfigDict, hardware: Topology, sequence_length: int) -> 
 
     Of equally fast ones the simplest first: whole weights before gathering by layer, less sharding.
     One mesh and way to gather appears once, with its fastest accumulation and rematerialisation.
+
+    Raises:
+      UserError: no mesh of the hardware divides model and batch.
     """
     model, found = run_config.model_config(config), {}
     batch = config.train.global_batch_size
     dtype = compute_dtype(config.execution.dtype, hardware.chip.platform)
-    for shape in mesh_shapes(len(hardware.devices), model):
+    shapes = [
+        shape
+        for shape in mesh_shapes(len(hardware.devices), model)
+        if shape[1] <= 64 and shape[2] <= 8
+    ]
+    splits = sorted({shape[0] * shape[1] for shape in shapes})
+    if not any(batch % parts == 0 for parts in splits):
+        raise UserError(
+            f"config.train.global_batch_size = {batch} does not split over the "
+            f"{len(hardware.devices)} chips of {hardware.name}: use a multiple of "
+            f"{' or '.join(map(str, splits))}"
+        )
+    for shape in shapes:
         parts = shape[0] * shape[1]
-        if batch % parts or shape[1] > 64 or shape[2] > 8:
+        if batch % parts:
             continue
         gathers = ("step", "layer") if shape[1] > 1 else ("step",)
         steps = [n for n in range(1, batch // parts + 1) if (batch // parts) % n == 0]

@@ -104,6 +104,10 @@ CHIPS = {
     ),
 }
 
+# Dimensions of a slice and chips of the largest one, by the documents named above.
+_SLICES = {"v4": (3, 4096), "v5e": (2, 256), "v5p": (3, 6144), "v6e": (2, 256)}
+_GPUS_OF_A_HOST, _MOST_GPUS = 8, 4096
+
 # The names by which configs/ knows hardware.
 PLATFORMS = {
     "v5e-256": "v5e:16x16",
@@ -160,15 +164,16 @@ def topology(name: str) -> Topology:
     For GPUs, "h100:8" is one host, "h100:4x8" are four hosts of eight. PLATFORMS are names too.
 
     Raises:
-      UserError: an unknown name, or the compiler for it is not installed.
+      UserError: an unknown name, hardware that nobody has, or its compiler is not installed.
     """
     kind, _, layout = PLATFORMS.get(name, name).partition(":")
-    sizes = [int(n) for n in layout.split("x")] if re.fullmatch(r"\d+(x\d+)*", layout) else []
-    if kind not in CHIPS or not sizes or min(sizes) < 1:
+    size = r"[1-9][0-9]{0,5}"
+    if kind not in CHIPS or not re.fullmatch(f"{size}(x{size})*", layout):
         raise UserError(
             f"--topology {name}: write KIND:SIZES, as in v5e:16x16, v5p:8x8x4, v6e:16x16, v4:4x4x4,"
             f" h100:8 or, for 8 hosts of 8, h100:8x8; the kinds are {', '.join(CHIPS)}"
         )
+    sizes = [int(n) for n in layout.split("x")]
     chip = CHIPS[kind]
     if chip.platform == "cuda":
         chip = dataclasses.replace(chip, memory_bytes=int(_gpu_share() * chip.memory_bytes))
@@ -178,6 +183,16 @@ def topology(name: str) -> Topology:
 
 
 def _tpu_devices(name: str, chip: Chip, sizes: list[int]):
+    kind = name.partition(":")[0]
+    dimensions, most = _SLICES[kind]
+    if len(sizes) != dimensions:
+        example = "2x2" if dimensions == 2 else "2x2x1"
+        raise UserError(f"--topology {name}: {kind} has {dimensions} sizes, as in {kind}:{example}")
+    if math.prod(sizes) > most:
+        raise UserError(
+            f"--topology {name}: a slice of {kind} has at most {most:,} chips, not "
+            f"{math.prod(sizes):,}; jobs of several slices are not planned"
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology {name} needs the TPU compiler: pip install '.[tpu]'")
     # It must not look for a TPU, its hosts or another process that has one.
@@ -210,11 +225,16 @@ def _gpu_share() -> float:
 
 
 def _gpu_devices(name: str, chip: Chip, sizes: list[int]):
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        raise UserError(f"--topology {name} needs the GPU compiler: pip install '.[cuda]'")
     if len(sizes) > 2:
         raise UserError(f"--topology {name}: GPUs are KIND:GPUS or KIND:HOSTSxGPUS")
     hosts, gpus = (1, *sizes) if len(sizes) == 1 else sizes
+    if gpus > _GPUS_OF_A_HOST or hosts * gpus > _MOST_GPUS:
+        raise UserError(
+            f"--topology {name}: a host has at most {_GPUS_OF_A_HOST} GPUs, as in h100:2x8 for 16, "
+            f"and a plan at most {_MOST_GPUS:,}"
+        )
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        raise UserError(f"--topology {name} needs the GPU compiler: pip install '.[cuda]'")
     target = dict(chip.target)
     major, minor = target.pop("capability")
     text = _TARGET.format(
