@@ -180,6 +180,12 @@ def test_a_bar_of_memory_is_as_long_as_the_total(plan):
         assert sum(report._memory_parts(each).values()) == each.memory.total
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_refused_plan_alone_is_drawn(plan, tmp_path):
+    report.draw([("18 rows", recorded_plan(plan, 18))], tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_plans_that_were_written_before_padding_was_counted_are_read():
     for path in Path("docs/plans").glob("*/*.json"):
         values = json.loads(path.read_text())

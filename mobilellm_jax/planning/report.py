@@ -207,7 +207,8 @@ def draw(plans: list[tuple[str, Plan]], path: Path) -> None:
     below = (0.5, -0.6 / (height + 0.4))
     for axes in (memory, step):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="upper center", bbox_to_anchor=below, ncol=3, frameon=False)
+        if axes.patches:  # of refused plans alone there is no time to show
+            axes.legend(loc="upper center", bbox_to_anchor=below, ncol=3, frameon=False)
     _save(figure, path)
 
 
