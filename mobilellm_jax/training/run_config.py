@@ -299,7 +299,7 @@ _LIMITS = {
     "model.num_kv_heads": {"at least": 1, "at most": 4096},
     "model.embed_dim": {"at least": 1, "at most": 2**17},
     "model.ffn_dim": {"at least": 0, "at most": 2**20},
-    "model.head_dim": {"at least": 2, "at most": 4096},
+    "model.head_dim": {"at least": 0, "at most": 4096},
     "model.vocab_size": {"at least": 1, "at most": 2**24},
     "model.max_seq_len": {"at least": 1, "at most": 2**24},
     "model.num_repeats": {"at least": 1, "at most": 100},
