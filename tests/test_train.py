@@ -18,9 +18,12 @@ from prepared import make_documents, run_prepare, write_lines
 from mobilellm_jax import load
 from mobilellm_jax.checkpoints import store as checkpoints
 from mobilellm_jax.checkpoints.files import load_checkpoint, read_metadata
+from mobilellm_jax.checkpoints.store import save_model
 from mobilellm_jax.data.dataset import Dataset
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.machine.coordination import RunCoordination
+from mobilellm_jax.model.transformer import init_params
+from mobilellm_jax.model_bundle import ModelBundle, PromptFormat
 from mobilellm_jax.training import trainer
 from mobilellm_jax.training.failures import Diverged, finite_metrics, memory_errors
 from mobilellm_jax.training.metrics import read_metrics
@@ -373,6 +376,21 @@ def one_step(home):
     """A config of one step, for `train` in this process."""
     overrides = [f"--config.data.path={home / 'data'}", "--config.train.num_steps=1"]
     return load_config(str(home / "config.py"), [*overrides, "--config.optimizer.warmup_steps=0"])
+
+
+def test_training_goes_on_with_the_prompt_format_of_a_model_from_elsewhere(home):
+    config = one_step(home)
+    prompt = PromptFormat(bos=True, chat_template="{{ messages }}", stop_ids=(2, 13))
+    model = ModelBundle(
+        config=model_config(config),
+        params=init_params(model_config(config), jax.random.key(0)),
+        tokenizer=Dataset.open(home / "data").tokenizer,
+        prompt=prompt,
+    )
+    save_model(home / "prompt-format", model)
+    train(config, home / "prompt-format")
+    trained = load_checkpoint(home / "prompt-format")
+    assert (trained.provenance.step, trained.prompt) == (1, prompt)
 
 
 def test_the_clock_of_the_first_step_starts_once_it_is_compiled(home, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,6 +32,9 @@ from mobilellm_jax.training.step import TrainState
 # Steps that may be dispatched before their results are waited for: enough to hide Python, few
 # enough that a signal is answered soon and batches do not pile up on the device.
 _MAX_AHEAD = 2
+
+# What a model says of its answers, which training does not change; the dataset decides on BOS.
+_PROMPT_KEYS = ("chat_template", "stop_ids")
 
 _STATE_MEND = (
     "weights and optimizer state do not fit; set config.mesh.fsdp, which splits them, to the "
@@ -118,6 +122,7 @@ class _Run:
         self.tokens_per_step = config.train.global_batch_size * self.data.seq_len
         self.flops_per_token = train_flops_per_token(self.model, self.data.seq_len).causal
         self.peak = peak_flops(jax.local_devices()[0], self.program.execution.dtype)
+        self.prompt_format: dict[str, Any] = {}  # of the model that training goes on with
 
     def restore_or_init(self, checkpoints: Checkpoints) -> tuple[int, TrainState]:
         """The state of the newest valid checkpoint, or a fresh one made on its shardings."""
@@ -133,6 +138,9 @@ class _Run:
             opt_state = self.program.init_opt_state(restored.params)
         step = jax.device_put(np.int32(restored.step), self.program.state_shardings.step)
         print(f"resuming from step {restored.step:,} in {checkpoints.directory}")
+        self.prompt_format = {
+            key: restored.metadata[key] for key in _PROMPT_KEYS if key in restored.metadata
+        }
         self.announce_changes(restored)
         note = self.data.keep_loss(restored.step, restored.metadata)
         if note and jax.process_index() == 0:
@@ -151,6 +159,7 @@ class _Run:
     def metadata(self, step: int) -> dict:
         """What a checkpoint says of the run, beside its arrays."""
         return {
+            **self.prompt_format,
             "model": self.model.to_dict(),
             "position": step * self.config.train.global_batch_size,
             "bos": self.data.first.header.bos,
