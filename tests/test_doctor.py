@@ -14,6 +14,7 @@ from prepared import make_documents, run_prepare, write_lines
 
 from mobilellm_jax import cli
 from mobilellm_jax.data.records import DatasetHeader
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.machine.coordination import RunCoordination
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import init_params
@@ -130,11 +131,39 @@ def test_checkpoints_to_come_and_repeated_text_are_counted(doctor, home, monkeyp
         assert found["disk"][1].startswith(f"{2 + 1 + steps // 10} checkpoint(s) of ")
 
 
+def test_a_step_takes_all_that_the_compiler_counts(home, monkeypatch):
+    """A donated state is returned in place; the program lies in the same memory as its arrays."""
+    sizes = types.SimpleNamespace(
+        argument_size_in_bytes=1000,
+        output_size_in_bytes=850,
+        alias_size_in_bytes=800,
+        temp_size_in_bytes=300,
+        generated_code_size_in_bytes=20,
+    )
+    compiled = types.SimpleNamespace(memory_analysis=lambda: sizes)
+    lowered = types.SimpleNamespace(compile=lambda: compiled)
+    monkeypatch.setattr(checks.TrainProgram, "lower", lambda _: lowered)
+    monkeypatch.setattr(checks, "_bytes_on_a_device", lambda _: 0)
+    run = RunChecks(load_config(str(home / "config.py")), home / "run", RunCoordination())
+    run.check_mesh()
+    needed = (1000 + 50 + 300 + 20) * jax.local_device_count()
+    for memory, level in ((needed - 1, "FAIL"), (needed, "warn"), (2 * needed, "ok")):
+        monkeypatch.setattr(checks, "_machine_memory", lambda memory=memory: memory)
+        assert run.check_memory().level == level
+
+    def refuse():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in hbm.")
+
+    lowered.compile = refuse
+    with pytest.raises(UserError, match="Ran out of memory in hbm.*accumulation_steps"):
+        run.check_memory()
+
+
 def test_too_little_memory_is_a_fail_before_it_happens(doctor, monkeypatch):
     monkeypatch.setattr("mobilellm_jax.training.checks._machine_memory", lambda: 1000)
     status, found = doctor()
     assert status == 2 and found["memory"][0] == "FAIL"
-    assert "raise config.train.accumulation_steps" in found["memory"][1]
+    assert "set config.mesh.fsdp" in found["memory"][1]
 
 
 def test_a_checkpoint_of_another_model_or_a_damaged_one_is_a_fail(doctor, tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ from mobilellm_jax.machine.coordination import RunCoordination
 from mobilellm_jax.model import costs
 from mobilellm_jax.storage.atomic import lock_folder
 from mobilellm_jax.storage.paths import local_path
+from mobilellm_jax.training.failures import STATE_FIX, STEP_FIX, memory_errors
 from mobilellm_jax.training.optimizer import learning_rate_schedule
 from mobilellm_jax.training.program import TrainProgram, check_batch, resolved_execution
 from mobilellm_jax.training.resumption import changes, rate_jump
@@ -290,18 +291,15 @@ class RunChecks:
         if limit is None:  # CPU devices share the machine's memory
             limit, shared = _machine_memory(), jax.local_device_count()
         needed = shared * _bytes_on_a_device(self.program.abstract_state())
-        what = "the state of the run"
+        what, fix = "the state of the run", STATE_FIX
         if needed <= limit:
-            sizes = self.program.lower().compile().memory_analysis()
-            needed = shared * (sizes.argument_size_in_bytes + sizes.temp_size_in_bytes)
-            what = "a step"
+            with memory_errors(STEP_FIX):
+                sizes = self.program.lower().compile().memory_analysis()
+            needed = shared * _bytes_of_a_step(sizes)
+            what, fix = "a step", STEP_FIX
         text = f"{what} needs {needed / GIB:.2f} GiB of {limit / GIB:.2f} GiB"
         if needed > limit:
-            return Finding(
-                "FAIL",
-                f"{text}; raise config.train.accumulation_steps, or set config.execution.remat to "
-                "'attention' or 'full'",
-            )
+            return Finding("FAIL", f"{text}: {fix}")
         if needed > 0.9 * limit:
             return Finding("warn", f"{text}: tight")
         return Finding("ok", text)
@@ -335,6 +333,13 @@ def _bytes_on_a_device(state: TrainState) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(state)
     )
+
+
+def _bytes_of_a_step(sizes) -> int:
+    """All that the compiler counts: `compiled.memory_analysis()`."""
+    returned = max(0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
+    kept = sizes.argument_size_in_bytes + sizes.generated_code_size_in_bytes
+    return kept + returned + sizes.temp_size_in_bytes
 
 
 def _machine_memory() -> int:

@@ -8,6 +8,15 @@ import numpy as np
 
 from mobilellm_jax.errors import UserError
 
+STATE_FIX = (
+    "weights and optimizer state do not fit; set config.mesh.fsdp, which splits them, to the "
+    "number of devices, or take more devices"
+)
+STEP_FIX = (
+    "raise config.train.accumulation_steps, lower config.train.global_batch_size, or set "
+    "config.execution.remat to 'attention' or 'full'"
+)
+
 
 class Diverged(UserError):
     """The loss, a gradient or a weight is NaN or Inf."""

@@ -23,7 +23,13 @@ from mobilellm_jax.model.costs import count_params, train_flops_per_token
 from mobilellm_jax.storage.atomic import write_file
 from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.training.checks import RunChecks, lock_workdir
-from mobilellm_jax.training.failures import Diverged, finite_metrics, memory_errors
+from mobilellm_jax.training.failures import (
+    STATE_FIX,
+    STEP_FIX,
+    Diverged,
+    finite_metrics,
+    memory_errors,
+)
 from mobilellm_jax.training.metrics import MetricsLog
 from mobilellm_jax.training.resumption import changes, rate_jump
 from mobilellm_jax.training.sharding import on_mesh
@@ -35,15 +41,6 @@ _MAX_AHEAD = 2
 
 # What a model says of its answers, which training does not change; the dataset decides on BOS.
 _PROMPT_KEYS = ("chat_template", "stop_ids")
-
-_STATE_MEND = (
-    "weights and optimizer state do not fit; set config.mesh.fsdp, which splits them, to the "
-    "number of devices, or take more devices"
-)
-_STEP_MEND = (
-    "raise config.train.accumulation_steps, lower config.train.global_batch_size, or set "
-    "config.execution.remat to 'attention' or 'full'"
-)
 
 
 def train(config: ConfigDict, workdir: str | Path, peers: RunCoordination | None = None) -> None:
@@ -76,14 +73,14 @@ def train(config: ConfigDict, workdir: str | Path, peers: RunCoordination | None
     ):
         if peers.num_processes > 1:
             stop.listen()
-        with memory_errors(_STATE_MEND):
+        with memory_errors(STATE_FIX):
             start_step, state = run.restore_or_init(checkpoints)
         if start_step >= config.train.num_steps:
             print(f"finished: {workdir} is at step {start_step:,} of {config.train.num_steps:,}")
             return
         run.announce(workdir, start_step)
         log = run.metrics_log(workdir, start_step)
-        with contextlib.closing(log), memory_errors(_STEP_MEND), peers.contact():
+        with contextlib.closing(log), memory_errors(STEP_FIX), peers.contact():
             step = run.loop(start_step, state, checkpoints, log, stop)
     if step < config.train.num_steps:
         print(f"stopped by a signal, step {step:,} is saved; run the same command to go on")
