@@ -77,7 +77,7 @@ NOWHERE = ("--checkpoint", "nowhere")
         (["train", "--config", "nowhere.py", "--workdir", "w"], "nowhere.py: no such file"),
         (["train", "--config", "a.py", "--workdir", "w", "--conifg.a=1"], "--conifg.a=1"),
         (["convert", "--to", "hf", "--output", "x"], "needs --checkpoint"),
-        (["prepare", "--input", "a.txt", "--vocab_size", "9", "--output", "x"], "a.txt"),
+        (["prepare", "--input", "a.txt", "--vocab_size", "9", "--output", "x"], "--vocab_size 9"),
     ],
 )
 def test_mistakes_exit_2_and_name_what_is_wrong(arguments, message, capsys, tmp_path, monkeypatch):

@@ -324,7 +324,7 @@ def save_model(workdir: str | Path, model: ModelBundle) -> None:
     Raises:
       UserError: `workdir` has checkpoints already, is not writable or too full.
     """
-    workdir = Path(workdir)
+    workdir = local_path(workdir)
     with (
         removed_on_error(functools.partial(_leave_nothing, workdir, workdir.exists())),
         interrupts.working(unwound=False),  # the threads that write would go on
