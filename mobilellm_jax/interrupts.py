@@ -147,11 +147,14 @@ def _say(number: int) -> None:
 
 def _watch(reader: int) -> None:
     """The thread: sees every signal as it comes, even while the main thread is in C++."""
-    # Not one that training takes itself (`machine.signals`).
-    while (number := os.read(reader, 1)[0]) not in _LINES or signal.getsignal(
-        number
-    ) is not _handle:
-        pass
+    taken = None  # when another handler got one, as training's (`machine.signals`)
+    while True:
+        if (number := os.read(reader, 1)[0]) not in _LINES:
+            continue
+        now = time.monotonic()
+        taken = taken or now
+        if signal.getsignal(number) is _handle or now > taken + SAME_SECONDS:
+            break
     first, asked_again, ending = time.monotonic(), None, False
     while True:
         ready, _, _ = select.select([reader], [], [], 0.05)

@@ -54,6 +54,11 @@ def swallow():
     except BaseException:
         time.sleep(60)
 
+def train():
+    from mobilellm_jax.machine.signals import StopRequest
+    StopRequest().listen()
+    compute()
+
 def blame():
     try:
         wait()
@@ -131,6 +136,17 @@ def test_a_second_signal_ends_at_once(works):
         _, errors = process.communicate(timeout=20)
     assert time.monotonic() - before < 0.4
     assert (process.returncode, errors) == SIGNALS[signal.SIGINT]
+
+
+def test_a_second_signal_ends_training_within_a_step_of_minutes(works, tmp_path):
+    with works("train") as process:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == SIGNALS[signal.SIGTERM]
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_what_is_ignored_stays_ignored(works):
