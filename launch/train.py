@@ -15,8 +15,6 @@ import sys
 from pathlib import Path
 
 from mobilellm_jax import cli, interrupts
-from mobilellm_jax.checkpoints.files import CHECKPOINTS_NAME, list_steps
-from mobilellm_jax.training.run_config import load_config
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h; `mobilellm train` uses it for a lost peer
 
@@ -29,6 +27,9 @@ def main(arguments: list[str]) -> int:
 
 def finished(arguments: list[str]) -> bool:
     """Whether the workdir holds the last step of the config, or a later one."""
+    from mobilellm_jax.checkpoints.files import CHECKPOINTS_NAME, list_steps
+    from mobilellm_jax.training.run_config import load_config
+
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--workdir", type=Path)

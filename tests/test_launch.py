@@ -101,6 +101,11 @@ def load_train():
     return module
 
 
+def test_nothing_heavy_is_imported_before_signals_are_answered():
+    program = "import runpy, sys; runpy.run_path(sys.argv[1]); sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program, LAUNCH / "train.py"], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize(
     ("status", "steps", "expected"),
     [(0, [], 75), (0, [900], 75), (0, [900, 1000], 0), (0, [2000], 0), (2, [900], 2), (75, [], 75)],
