@@ -45,7 +45,7 @@ class PrepareSettings:
                 f"--valid_fraction {self.valid_fraction} must be at least 0 and less than 1"
             )
         if self.keep_test and self.split_field is None:
-            raise UserError("--keep_test is of rows that say their split; add --split_field FIELD")
+            raise UserError("--keep_test is for rows that say their split; add --split_field FIELD")
         if self.document_separator == "":
             raise UserError("--document_separator is empty; name the text between two documents")
         ways = (self.num_valid_inputs > 0, self.split_field is not None, self.valid_fraction > 0)

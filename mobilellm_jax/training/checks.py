@@ -230,7 +230,7 @@ class RunChecks:
         check_writable(self.checkpoints)
         if jax.process_index() == 0 and self.workdir.is_dir():
             os.close(lock_workdir(self.workdir))
-        return Finding("ok", f"{self.workdir}: can be written")
+        return Finding("ok", f"{self.workdir}: can be written to")
 
     def check_disk(self) -> Finding:
         """Space for the checkpoints to come."""

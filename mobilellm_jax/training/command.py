@@ -10,10 +10,10 @@ Any key of the config can be set on top of the file's values as --config.KEY=VAL
 their defaults and meaning, are in mobilellm_jax/training/run_config.py; a wrong one names the near
 ones, of one given twice the last counts, and the whole config is printed and saved before the first
 step. Running the same command again goes on from the newest checkpoint. SIGTERM and Ctrl-C, to any
-one of several processes too, save the current step and exit with status 0. A second
-one ends the process at once.
+one of several processes too, save the current step and exit with status 0. A second one ends the
+process at once.
 
-exit status: 0 finished, or stopped by a signal and saved; 2 a mistake to mend; 130 or 143 ended by
+exit status: 0 finished, or stopped by a signal and saved; 2 a mistake to fix; 130 or 143 ended by
 Ctrl-C or SIGTERM before the first step, or by a second one; 75 (or 134, where JAX is first) another
 process of the run failed, vanished or hangs: run the same command again
 
