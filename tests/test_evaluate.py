@@ -264,11 +264,13 @@ def test_short_text_is_refused(model):
         ("folder", "is a folder; name a file"),
         ("locked/figures.json", "Permission denied"),
         ("kept.json", "Permission denied"),
+        ("device", "is a device; name a file"),
     ],
 )
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, name, message):
     (tmp_path / "folder").mkdir()
     (tmp_path / "locked").mkdir(mode=0o500)
+    (tmp_path / "device").symlink_to("/dev/null")
     (tmp_path / "kept.json").write_text("kept")
     (tmp_path / "kept.json").chmod(0o400)
     if message == "Permission denied" and os.geteuid() == 0:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 
 from mobilellm_jax.errors import UserError
@@ -77,9 +78,8 @@ def main(args: argparse.Namespace) -> None:
     for flag, least in (("batch_size", 1), ("max_records", 1), ("chunk", 2), ("max_chunks", 1)):
         if (value := getattr(args, flag)) is not None and value < least:
             raise UserError(f"--{flag} {value}: use {least} or more")
-    output = Path(args.output).resolve() if args.output else None
-    if output:
-        check_can_write(output)
+    if args.output is not None:
+        check_can_write(Path(args.output))
     split = args.split or "valid"
     use_compilation_cache()
     model = load_text_model(args.checkpoint, args.tokenizer)
@@ -115,11 +115,12 @@ def main(args: argparse.Namespace) -> None:
     print(f"{args.checkpoint} on {what}:")
     for name, value in figures.items():
         print(f"  {name:<17}{f'{value:,}' if isinstance(value, int) else number(value)}")
-    if output:
+    if args.output is not None:
         # JSON has no infinity; metrics.jsonl has null there, too.
         figures = {name: v if math.isfinite(v) else None for name, v in figures.items()}
         values = {"checkpoint": args.checkpoint, "on": what, **figures}
         try:
+            output = Path(os.path.realpath(args.output))  # a link stays one
             write_file(output, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
         except OSError as error:
             raise UserError(f"{args.output}: cannot be written ({error.strerror})") from error

@@ -113,7 +113,7 @@ def lock_folder(folder: Path, message: str) -> int:
 def check_can_write(path: Path) -> None:
     """Whether `write_file` could write `path`, found out before the work that leads to its content.
 
-    Nothing that is there is touched.
+    Nothing that is there is touched. Of a link, it is the file behind it that is asked about.
 
     Raises:
       UserError: no such folder, no permission, or no file to be replaced.
@@ -123,7 +123,8 @@ def check_can_write(path: Path) -> None:
     try:
         if path.exists():
             os.close(os.open(path, os.O_WRONLY))  # a file without permission to write is kept
-        temporary = path.with_name(f".{path.name}.tmp")
+        behind = Path(os.path.realpath(path))
+        temporary = behind.with_name(f".{behind.name}.tmp")
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666))
         temporary.unlink()
     except OSError as error:
