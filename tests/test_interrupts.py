@@ -15,6 +15,7 @@ from model_cases import random_params, tiny
 from prepared import make_documents, run_prepare, write_lines
 
 import mobilellm_jax
+from mobilellm_jax.tokenizers.sentencepiece import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = {signal.SIGINT: (130, "interrupted\n"), signal.SIGTERM: (143, "terminated\n")}
@@ -75,6 +76,14 @@ def destroy():
 
 def swallow_in_an_import():
     import swallowing
+
+def read_by_an_import():
+    from mobilellm_jax.data.encoding import encode_in_order
+    from mobilellm_jax.tokenizers.sentencepiece import SentencePieceTokenizer
+    def documents():
+        yield swallow_in_an_import()
+    tokenizer = SentencePieceTokenizer.load("tokenizer.model")
+    list(encode_in_order(documents(), tokenizer, bos=True, eos=True, num_workers=2))
 
 def add_arguments(parser):
     parser.add_argument("what")
@@ -147,6 +156,14 @@ def test_a_second_signal_ends_training_within_a_step_of_minutes(works, tmp_path)
         _, errors = process.communicate(timeout=20)
     assert (process.returncode, errors) == SIGNALS[signal.SIGTERM]
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_signal_while_a_reader_is_imported_leaves_no_worker_behind(works, tmp_path):
+    train_tokenizer([" ".join(make_documents(9))], 300, tmp_path / "tokenizer.model")
+    with works("read_by_an_import") as process:
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == SIGNALS[signal.SIGTERM]
 
 
 def test_what_is_ignored_stays_ignored(works):

@@ -5,6 +5,7 @@ A module of its own so that the worker processes import nothing but NumPy and Se
 
 import collections
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -75,6 +76,8 @@ def encode_in_order(
         for batch in batches:
             yield from _unpack(batch, encoder(_items(batch)))
         return
+    # Before there are workers to leave behind: it may import, where a signal unwinds nothing.
+    first = list(itertools.islice(batches, 1))
     in_flight = collections.deque()
     with _signals_held():
         pool = ProcessPoolExecutor(
@@ -84,7 +87,7 @@ def encode_in_order(
             (tokenizer, bos, eos),
         )
     try:
-        for batch in batches:
+        for batch in itertools.chain(first, batches):
             items = _items(batch)
             with _signals_held():  # a task starts a worker where there are not yet enough
                 in_flight.append((batch, pool.submit(_encode_in_worker, items)))
