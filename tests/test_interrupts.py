@@ -218,8 +218,10 @@ def home(tmp_path_factory):
     """A folder with a config, text, a dataset of it and a model."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "config.py").write_text(CONFIG)
-    lines = write_lines(folder / "text.jsonl", make_documents(4000))
-    run_prepare([lines], folder / "data", vocab_size=300, valid_fraction=0.1)
+    documents = make_documents(4000)
+    write_lines(folder / "text.jsonl", 12 * documents)  # 10 MB: seconds for several workers
+    part = write_lines(folder / "part.jsonl", documents)
+    run_prepare([part], folder / "data", vocab_size=300, valid_fraction=0.1)
     config = tiny(vocab_size=300)
     tokenizer = (folder / "data" / "tokenizer.model").read_bytes()
     mobilellm_jax.save_hf(
