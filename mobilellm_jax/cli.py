@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException:
         if interrupts.answered() is None:  # else it is what became of the signal's exception
             status = _status_of_error(arguments)
-    return interrupts.answered() or status
+    interrupts.leave()
+    return status
 
 
 def _status_of_error(arguments: Sequence[str]) -> int:

@@ -100,6 +100,17 @@ def answered() -> int | None:
     return None
 
 
+def leave() -> None:
+    """Ends the process if a signal ended its work, and is called when its `with` blocks are left.
+
+    Not by returning: libraries that were interrupted crash at the interpreter's end, XLA for one.
+    """
+    if _request is not None:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        _end(_request)
+
+
 def _handle(number: int, frame: FrameType | None) -> None:
     global _request, _raised
     _request = _request or number

@@ -45,6 +45,11 @@ def wait():
     for _ in range(3000):
         time.sleep(0.01)
 
+def crash_at_exit():
+    import atexit, ctypes
+    atexit.register(ctypes.string_at, 0)
+    wait()
+
 def compute():
     ready()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)  # a minute of C without the GIL
@@ -124,7 +129,8 @@ def works(tmp_path):
 
 @both
 @pytest.mark.parametrize(
-    "what", ["wait", "compute", "swallow", "blame", "destroy", "swallow_in_an_import"]
+    "what",
+    ["wait", "compute", "swallow", "blame", "destroy", "swallow_in_an_import", "crash_at_exit"],
 )
 def test_whatever_a_verb_does_a_signal_ends_it(works, tmp_path, what, number):
     with works(what) as process:

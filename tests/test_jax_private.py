@@ -6,8 +6,10 @@ Run with each supported version of JAX before its pin is raised.
 import ast
 import inspect
 import os
+import socket
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -120,20 +122,19 @@ def test_processes_are_detected_or_not(environment, found, monkeypatch):
     assert jax_private.detected_processes(None, None, 1) == found
 
 
-def run_joined(body):
-    """Runs the lines of `body` in a process that has joined itself."""
+def run_connected(body):
+    """Runs `body` in a process that JAX has connected with itself, as with the others of a run."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
     program = f"""
-import argparse, time
+import time
 import jax
 from jax.experimental import multihost_utils
 from mobilellm_jax.machine import jax_private
-from mobilellm_jax.machine.process_flags import add_arguments
-from mobilellm_jax.machine.processes import joined
-parser = argparse.ArgumentParser()
-add_arguments(parser)
-with joined(parser.parse_args([])):
-    store = jax_private.store()
-{body}
+jax.distributed.initialize({address!r}, 1, 0)
+store = jax_private.store()
+{textwrap.dedent(body)}
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", program]
@@ -142,7 +143,7 @@ with joined(parser.parse_args([])):
 
 
 def test_the_store_keeps_lists_and_waits_and_its_errors_are_those_of_jax():
-    run_joined("""
+    run_connected("""
     for value in ("a", "b"):
         store.key_value_set("folder/key/1", value, allow_overwrite=True)
     assert store.blocking_key_value_get("folder/key/1", 1000) == "b"
@@ -159,7 +160,7 @@ def test_the_store_keeps_lists_and_waits_and_its_errors_are_those_of_jax():
 
 
 def test_the_notice_makes_jax_find_a_step_to_stop_at():
-    run_joined("""
+    run_connected("""
     assert not multihost_utils.reached_preemption_sync_point(1)
     store.key_value_set(jax_private.PREEMPTION_NOTICE, "2026-01-01T00:00:00+00:00",
                         allow_overwrite=True)

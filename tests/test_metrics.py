@@ -97,6 +97,23 @@ def test_throughput_leaves_out_what_an_evaluation_draws(tmp_path, clock, monkeyp
     assert read_metrics(tmp_path)[-1]["throughput/step_seconds"] == pytest.approx(2.0, rel=REL)
 
 
+def test_the_curve_is_drawn_at_the_end_only_if_it_has_grown(tmp_path, monkeypatch):
+    """Matplotlib takes seconds to import, which a run that a signal ends must not wait for."""
+    drawn = []
+    monkeypatch.setattr(metrics, "plot_loss", drawn.append)
+    open_log(tmp_path).close()
+    assert drawn == []
+    log = open_log(tmp_path)
+    log.log_train(1, {"train/loss": 9.0})
+    log.log_eval(1, {"eval/loss": 9.0})
+    log.close()
+    assert drawn == [tmp_path]
+    log = open_log(tmp_path)
+    log.log_train(2, {"train/loss": 9.0})
+    log.close()
+    assert drawn == [tmp_path] * 2
+
+
 def test_a_step_that_is_logged_twice_has_no_throughput(tmp_path, clock, monkeypatch):
     monkeypatch.setattr(metrics, "plot_loss", lambda workdir: None)
     log = open_log(tmp_path)
@@ -283,6 +300,7 @@ def test_a_picture_is_drawn_from_any_record(tmp_path, clock):
             clock.now += 1
             (log.log_eval if name == "eval/loss" else log.log_train)(step, {name: value})
         log.close()
+        plot_loss(folder)
         assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
         assert not list(folder.glob("*.part"))
 

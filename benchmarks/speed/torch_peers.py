@@ -48,7 +48,7 @@ def llama(config: ModelConfig, device, dtype: str = "float32"):
     import torch
     import transformers
 
-    values = to_hf_config(config, "expanded", dtype, None, None)
+    values = to_hf_config(config, "expanded", dtype, None, ())
     values.pop("architectures")
     described = transformers.LlamaConfig(**values)
     with device:

@@ -74,6 +74,7 @@ class MetricsLog:
         self._interval_start: tuple[int, float] | None = None  # step and time
         self._paused_seconds = 0.0  # of this interval
         self._pause_depth = 0
+        self._is_drawn = True  # all that is written
         if enabled:
             self._workdir.mkdir(parents=True, exist_ok=True)
             _drop_after(self._workdir / METRICS_FILE, resume_step)
@@ -128,15 +129,19 @@ class MetricsLog:
             self._write(step, record)
             parts = [f"{name.removeprefix('eval/')} {number(v)}" for name, v in record.items()]
             self._print("eval", step, parts)
-            if self._enabled:
-                plot_loss(self._workdir)
+            self._draw()
 
     def close(self) -> None:
-        """Draws `loss.png` a last time and closes the files."""
+        """Closes the files and draws in `loss.png` what is not in it yet."""
         if self._enabled:
             self._file.close()
             self._tensorboard.close()
+        self._draw()
+
+    def _draw(self) -> None:
+        if self._enabled and not self._is_drawn:
             plot_loss(self._workdir)
+            self._is_drawn = True
 
     def _write(self, step: int, record: dict[str, float]) -> None:
         tokens = step * self._tokens_per_step
@@ -145,6 +150,7 @@ class MetricsLog:
             record["progress/epoch"] = tokens / self._tokens_per_epoch
         if not self._enabled:
             return
+        self._is_drawn = False
         now = time.time()
         line = {name: v if math.isfinite(v) else None for name, v in record.items()}
         self._file.write(json.dumps({"step": step, "time": now, **line}, allow_nan=False) + "\n")
