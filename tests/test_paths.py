@@ -1,8 +1,9 @@
-"""Paths are local: a URL is refused wherever a path is taken, and nothing is made of it."""
+"""Paths are local: a URL, ~ or nothing is refused wherever a path is taken, and nothing is made."""
 
 import argparse
 import importlib
 import inspect
+import os
 import pkgutil
 import re
 from pathlib import Path
@@ -47,14 +48,27 @@ PATH_FLAGS = [
 ]
 
 
+# What `Path` makes another place of, or nothing at all -> how it is refused.
+LONG = "x" * 300
+REFUSED = {
+    "s3://bucket/x": "s3://bucket/x: only local files and folders",
+    "": "the path is empty",
+    "~/x": f"~/x: only shells replace ~, .*write {os.path.expanduser('~/x')}",
+    LONG: "the name is too long",
+}
+
+
+@pytest.mark.parametrize("path", REFUSED)
 @pytest.mark.parametrize(("verb", "flag"), PATH_FLAGS)
-def test_every_path_flag_refuses_an_object_store(verb, flag, capsys, tmp_path, monkeypatch):
+def test_every_path_flag_refuses_what_is_no_path_here(
+    verb, flag, path, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
-        cli.main([verb, flag, "gs://bucket/run"])
+        cli.main([verb, flag, path])
     message = capsys.readouterr().err
     assert exit_.value.code == 2
-    assert f"argument {flag}: gs://bucket/run: only local files and folders" in message
+    assert re.search(f"argument {flag}: .*{REFUSED[path]}", message)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -117,7 +131,8 @@ def path_arguments():
                 yield name, function, argument
 
 
-def test_every_function_that_takes_a_path_refuses_an_object_store(tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", REFUSED)
+def test_every_function_refuses_what_is_no_path_here(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = set()
     for name, function, argument in path_arguments():
@@ -126,8 +141,8 @@ def test_every_function_that_takes_a_path_refuses_an_object_store(tmp_path, monk
         if name == "data.prepare.prepare" and argument.name != "tokenizer":
             given["vocab_size"] = 300
         several = re.search("Sequence|Iterable", str(argument.annotation))
-        given[argument.name] = ["s3://bucket/x"] if several else "s3://bucket/x"
-        refused = pytest.raises(UserError, match="s3://bucket/x: only local files and folders")
+        given[argument.name] = [path] if several else path
+        refused = pytest.raises(UserError, match=REFUSED[path])
         with refused, function(**given):  # some look when they are entered
             pass
         found.add(name.rpartition(".")[2])
@@ -137,7 +152,17 @@ def test_every_function_that_takes_a_path_refuses_an_object_store(tmp_path, monk
 
 @pytest.mark.parametrize(
     "path",
-    ["runs/a", "./gs:/bucket", "C:/data", "c:\\data", "configs/a.py:h100-8", "hf:org/name", "a:b"],
+    [
+        "runs/a",
+        "./gs:/bucket",
+        "C:/data",
+        "c:\\data",
+        "configs/a.py:h100-8",
+        "hf:org/name",
+        "a:b",
+        "./~/a",
+        "a/~",
+    ],
 )
 def test_local_paths_stay_what_they_are(path):
     assert local_path(path) == Path(path)

@@ -57,10 +57,10 @@ class SentencePieceTokenizer:
     @classmethod
     def load(cls, path: str | Path) -> "SentencePieceTokenizer":
         """Reads a ``tokenizer.model`` file; UserError if it is missing or something else."""
-        if Path(path).is_char_device():  # /dev/zero has no end
+        if local_path(path).is_char_device():  # /dev/zero has no end
             raise UserError(f"{path}: is a device, not a SentencePiece tokenizer.model file")
         try:
-            model_bytes = local_path(path).read_bytes()
+            model_bytes = Path(path).read_bytes()
         except OSError as error:
             raise UserError(
                 f"{path}: cannot read the tokenizer ({error.strerror}); pass the path of a "
