@@ -45,7 +45,7 @@ from mobilellm_jax.checkpoints.files import (
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model_bundle import ModelBundle
-from mobilellm_jax.storage.atomic import removed_on_error, write_file
+from mobilellm_jax.storage.atomic import made_parents, removed_on_error, write_file
 from mobilellm_jax.storage.manifest import write_manifest
 from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.tokenizers.files import write_tokenizer
@@ -326,6 +326,7 @@ def save_model(workdir: str | Path, model: ModelBundle) -> None:
     """
     workdir = local_path(workdir)
     with (
+        made_parents(workdir),
         removed_on_error(functools.partial(_leave_nothing, workdir, workdir.exists())),
         interrupts.working(unwound=False),  # the threads that write would go on
         Checkpoints(workdir, keep_last=1) as checkpoints,

@@ -120,8 +120,11 @@ def _new_folder(output: Path) -> Iterator[Path]:
         raise UserError(
             f"{output}: exists and is not a dataset; name another --output, or remove it"
         )
+    target = Path(os.path.realpath(output))  # of a link, what it names
+    if target.is_symlink():
+        raise UserError(f"{output}: is a link that leads to itself; name another --output")
     try:
-        with atomic_folder(output, writer="prepare") as partial:
+        with atomic_folder(target, writer="prepare") as partial:
             yield partial
     except OSError as error:
         raise UserError(

@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,9 +26,15 @@ def atomic_folder(target: Path, *, writer: str, replace: bool = False) -> Iterat
       replace: whether a TARGET that is there, with what is in it, gives way.
 
     Raises:
-      UserError: another process is writing the same folder.
+      UserError: another process is writing the same folder; a name that would be taken for what a
+        killed process left.
       OSError: no permission, a full disk, or a TARGET that is there and may not be replaced.
     """
+    if target.name.endswith(".partial"):
+        raise UserError(
+            f"{target}: folders called NAME.partial are unfinished ones, and removed when NAME is "
+            "made; choose another name"
+        )
     partial = target.with_name(target.name + ".partial")
     if partial.exists():
         leftover = _lock_partial(partial, writer)
@@ -37,10 +44,11 @@ def atomic_folder(target: Path, *, writer: str, replace: bool = False) -> Iterat
     others = False
     with (
         contextlib.ExitStack() as stack,
+        made_parents(target),
         removed_on_error(lambda: others or shutil.rmtree(partial, ignore_errors=True)),
     ):
         try:
-            partial.mkdir(parents=True)
+            partial.mkdir()
             stack.callback(os.close, _lock_partial(partial, writer))
         except (OSError, UserError):
             others = True
@@ -50,6 +58,21 @@ def atomic_folder(target: Path, *, writer: str, replace: bool = False) -> Iterat
             sync_path(entry)
         _rename(partial, target, replace)
         sync_path(target.parent)
+
+
+@contextlib.contextmanager
+def made_parents(path: Path) -> Iterator[None]:
+    """Makes the folders above `path`; those that were not there go again if the body fails."""
+    made = [folder for folder in path.parents if not folder.exists()]
+
+    def remove() -> None:
+        with contextlib.suppress(OSError):  # somebody else has put something there
+            for folder in made:
+                folder.rmdir()
+
+    with removed_on_error(remove):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
 
 
 @contextlib.contextmanager
@@ -69,15 +92,15 @@ def _rename(partial: Path, target: Path, replace: bool) -> None:
     if not (replace and target.exists()):
         os.rename(partial, target)  # over an empty folder, if at all
         return
-    old = target.with_name(target.name + ".old")
+    # A name that nobody has: NAME.old may be somebody's copy.
+    place = Path(tempfile.mkdtemp(prefix=f"{target.name}.old-", dir=target.parent))
     try:
-        os.rename(target, old)
+        os.rename(target, place / target.name)
         os.rename(partial, target)
     finally:
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(old, target)
+        if not target.exists():
+            os.rename(place / target.name, target)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _lock_partial(partial: Path, writer: str) -> int:

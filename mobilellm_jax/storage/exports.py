@@ -28,7 +28,6 @@ def new_export(path: str | Path) -> Iterator[Path]:
     target = Path(os.path.abspath(local_path(path)))
     replace = _is_replaceable(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(target, writer="convert", replace=replace) as new:
             yield new
             _write_checksums(new)

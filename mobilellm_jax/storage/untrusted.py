@@ -1,6 +1,7 @@
 """Reading files of unknown origin: paths that stay in their folder, JSON that means one thing."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def safe_child(folder: Path, name: str) -> Path:
     path = folder / name
     if Path(name).name != name or "\0" in name:
         raise UserError(f"{folder}: refuses the file name {name!r:.120}, which leaves the folder")
-    real, home = path.resolve(), folder.resolve()
+    real, home = (Path(os.path.realpath(p)) for p in (path, folder))  # survives cyclic links
     allowed = [home]
     if home.parent.name == "snapshots":
         allowed.append(home.parents[1] / "blobs")
