@@ -15,6 +15,7 @@ from prepared import DOCUMENTS, make_documents
 import mobilellm_jax
 from mobilellm_jax.checkpoints import loading
 from mobilellm_jax.cli import VERBS, main
+from mobilellm_jax.data import command
 from mobilellm_jax.data.dataset import Dataset
 from mobilellm_jax.evaluation import perplexity
 from mobilellm_jax.inference import generate as generation
@@ -85,6 +86,16 @@ def test_mistakes_exit_2_and_name_what_is_wrong(arguments, message, capsys, tmp_
     status, text = run(capsys, *arguments)
     assert status == 2 and message in text, text
     assert "Traceback" not in text
+
+
+def test_a_flag_of_several_files_that_is_given_twice_takes_all(monkeypatch, capsys):
+    taken = []
+    monkeypatch.setattr(command, "prepare", lambda inputs, *_, **rest: taken.append((inputs, rest)))
+    with pytest.raises(AttributeError):  # there is no dataset to speak of
+        flags = "--input a b --valid_input c --input d --valid_input e f --output o"
+        main(["prepare", *flags.split()])
+    ((inputs, rest),) = taken
+    assert (inputs, rest["valid_inputs"]) == (["a", "b", "d"], ["c", "e", "f"])
 
 
 def test_python_m_is_the_same_command():

@@ -25,6 +25,15 @@ def model(tmp_path_factory):
     return path
 
 
+def test_a_separator_that_no_text_can_hold_is_refused(tmp_path, model):
+    (tmp_path / "a.txt").write_text(STORIES)
+    separator = command._unescaped(r"\ud83d")
+    with pytest.raises(UserError, match=r"--document_separator '\\ud83d'"):
+        run_prepare(
+            [tmp_path / "a.txt"], tmp_path / "o", tokenizer=model, document_separator=separator
+        )
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
 def test_a_separator_in_a_line_of_its_own_ends_documents(tmp_path, model, name, caplog):
     data = STORIES.encode()

@@ -306,6 +306,27 @@ def test_folders_without_the_files_are_refused(saved, tmp_path):
         load_hf(saved)
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model.bin", "tokenizer.model", "config.json"]
+)
+def test_a_pointer_of_git_lfs_is_named_as_one(name, saved):
+    if name == "pytorch_model.bin":
+        (saved / "model.safetensors").unlink()
+    (saved / name).write_text(POINTER)
+    with pytest.raises(UserError, match=f"{name}: is a pointer of Git LFS.*git lfs pull"):
+        read_hf(saved)
+
+
+def test_a_pointer_of_git_lfs_in_a_sealed_export_is_named_as_one(tmp_path):
+    save_hf(tmp_path / "model", TINY, make_params(TINY))
+    (tmp_path / "model" / "model.safetensors").write_text(POINTER)
+    with pytest.raises(UserError, match="model.safetensors: is a pointer of Git LFS"):
+        read_hf(tmp_path / "model")
+
+
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(saved, tokenizer_model):
     (saved / "tokenizer.model").write_bytes(tokenizer_model)
     with pytest.raises(UserError, match="600 pieces.*97"):

@@ -103,6 +103,9 @@ def test_the_usual_words_for_a_split_are_known(tmp_path, word, split):
     assert document.split == split
 
 
+_MANY_KEYS = json.dumps({f"key{i}": i for i in range(3000)}).encode()
+_LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
 # Bad inputs ---------------------------------------------------------------------------------------
 
 
@@ -120,7 +123,18 @@ def test_the_usual_words_for_a_split_are_known(tmp_path, word, split):
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "\xff"}', "a.jsonl, line 3: not valid JSON"),
         ("a.json", b'[\n {"text": "a"}\n]', "jq -c"),
         ("a.jsonl", b'{"text": "a"}\n["a"]', "line 2: expected an object"),
+        (
+            "a.json",
+            b'[{"text": "a"}, {"text": "b"}]',
+            r"line 1: expected an object.*jq -c '\.\[",
+        ),
+        ("a.json", b'{\n "text": "a"\n}', r"jq -c '\.' "),
         ("a.jsonl", b'{"body": "a", "id": 1}', "line 1: no field 'text'; it has 'body', 'id'"),
+        ("a.jsonl", _MANY_KEYS, "it has 'key0', .*'key19' and 2,980 more; name"),
+        ("a.jsonl", json.dumps({"k" * 9000: 1}).encode(), r"it has 'k{56}\.\.\.; name"),
+        ("a.txt", _LFS, "a.txt: is a pointer of Git LFS, .*git lfs pull"),
+        ("a.parquet", _LFS, "a.parquet: is a pointer of Git LFS, .*git lfs pull"),
+        ("a.jsonl.gz", _LFS, "a.jsonl.gz: is a pointer of Git LFS, .*git lfs pull"),
         ("a.jsonl", b'{"text": 5}', "line 1: field 'text' is 5, which is not text"),
         (
             "a.jsonl",
@@ -134,7 +148,7 @@ def test_the_usual_words_for_a_split_are_known(tmp_path, word, split):
         ("a.txt", "abc\n".encode("utf-32"), "a.txt: is text in UTF-32"),
         ("a.jsonl", _LINES.decode().encode("utf-16"), "a.jsonl: is text in UTF-16"),
         ("a.jsonl.gz", gzip.compress(_LINES.decode().encode("utf-16-le")), "is text in UTF-16LE"),
-        ("a" * 300, None, "a: File name too long"),
+        ("a" * 300, None, "the name is too long"),
         ("a.jsonl", b'{"text": null}', "line 1: field 'text' is None"),
         ("a.parquet", b"PAR1 nothing", "a.parquet: damaged or not a Parquet file"),
         ("a.png", None, "no such file"),
@@ -147,6 +161,22 @@ def test_a_bad_input_is_named_with_its_place(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         list(sources.iter_documents([tmp_path / name]))
+
+
+def test_what_is_wrong_with_a_column_of_bytes_is_shown(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(_parquet([b"a"]))
+    with pytest.raises(UserError, match="field 'text' is b'a', which is not text"):
+        list(sources.iter_documents([path]))
+
+
+@pytest.mark.parametrize("target", ["nowhere", "a.txt"])
+def test_a_link_to_nowhere_is_named_and_not_left_out(tmp_path, target):
+    (tmp_path / "b.txt").write_text("text")
+    (tmp_path / "a.txt").symlink_to(target)
+    for path in (tmp_path / "a.txt", tmp_path, tmp_path / "*.txt"):
+        with pytest.raises(UserError, match=f"a.txt: is a link to {target}, which is not there"):
+            sources.find_sources([path])
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "/dev/null", "fifo.txt", "socket.txt"])

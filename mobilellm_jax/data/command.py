@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--input",
         nargs="+",
+        action="extend",
         default=[],
         metavar="FILES",
         type=path_flag,
@@ -81,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--valid_input",
         nargs="+",
+        action="extend",
         default=[],
         metavar="FILES",
         type=path_flag,

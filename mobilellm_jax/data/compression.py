@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.untrusted import refuse_lfs_pointer
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _RAW_BYTES = 1 << 16
@@ -20,6 +21,8 @@ def decompressed(path: str, compression: str, note: Callable[[bytes], None]) -> 
     """
     decoder, fresh = _decoder(path, compression), True
     with open(path, "rb") as file:
+        refuse_lfs_pointer(path, file.read(100))
+        file.seek(0)
         while raw := file.read(_RAW_BYTES):
             note(raw)
             while raw:

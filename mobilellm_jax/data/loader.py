@@ -50,7 +50,7 @@ class RecordSource:
         self.tokenizer = dataset.tokenizer
         if split not in self.header.splits:
             raise UserError(
-                f"{dataset.directory}: no {split!r} split, only "
+                f"{dataset.directory}: no {split!r:.100} split, only "
                 f"{', '.join(map(repr, self.header.splits))}; prepare it with --valid_fraction, "
                 "--valid_input or --split_field"
             )

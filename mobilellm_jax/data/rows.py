@@ -1,17 +1,19 @@
 """Rows of JSON lines, Parquet files and Hugging Face datasets, and the documents in them."""
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from mobilellm_jax.data.documents import BLOCK_BYTES, Document, cut
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.storage.untrusted import strict_json
+from mobilellm_jax.storage.untrusted import refuse_lfs_pointer, strict_json
 
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("valid", "validation", "val", "dev"), "valid"),
     "test": "test",
 }
+_FEW = 20  # names that an error message lists
 
 
 class BadRow(UserError):
@@ -68,7 +70,7 @@ def row_documents(
         try:
             if isinstance(row, BadRow):
                 raise row
-            text, token_ids, split = _read_row(where, row, field, split_field)
+            text, token_ids, split = _read_row(path, where, row, field, split_field)
         except BadRow as error:
             skipped.add(error)
             continue
@@ -79,20 +81,22 @@ def row_documents(
 
 
 def _read_row(
-    where: str, row: Any, field: str, split_field: str | None
+    path: str, where: str, row: Any, field: str, split_field: str | None
 ) -> tuple[str | None, list[int] | None, str | None]:
     """Text or token ids, and the split."""
     if not isinstance(row, dict):
+        fix = "write one JSON object per line"
+        if isinstance(row, list):
+            fix += f": jq -c '.[]' {path} > NEW.jsonl"
         raise BadRow(
-            f'{where}: expected an object such as {{"{field}": "..."}}, found {_short(row)}; write '
-            "one JSON object per line"
+            f'{where}: expected an object such as {{"{field}": "..."}}, found {_short(row)}; {fix}'
         )
     split = None if split_field is None else _row_split(where, row, split_field)
     if row.get(field) is None and row.get("token_ids") is not None:
         return None, _check_ids(where, row["token_ids"]), split
     if field not in row:
         raise BadRow(
-            f"{where}: no field {field!r}; it has {', '.join(map(repr, row)) or 'none at all'}; "
+            f"{where}: no field {field!r:.100}; it has {_short_list(row)}; "
             "name the one with the text by --field"
         )
     text = row[field]
@@ -134,8 +138,10 @@ def json_rows(path: str, chunks: Iterable[bytes]) -> Iterator[tuple[str, int, An
         except (ValueError, RecursionError) as error:
             fix = "write one JSON object per line"
             if line == 1 and raw.strip() in (b"[", b"{"):
-                fix = f"this is one pretty-printed JSON value; run: jq -c '.[]' {path}"
-            row = BadRow(f"{where}: not valid JSON ({error}): {_short(raw)}; {fix}")
+                each = ".[]" if raw.strip() == b"[" else "."
+                fix = f"this is pretty-printed JSON; run: jq -c '{each}' {path} > NEW.jsonl"
+            text = _short(raw.decode("utf-8", "replace"), str)
+            row = BadRow(f"{where}: not valid JSON ({error}): {text}; {fix}")
         yield where, line, row
 
 
@@ -166,12 +172,14 @@ def parquet_rows(
 
     line = 0
     try:
+        with open(path, "rb") as file:
+            refuse_lfs_pointer(path, file.read(100))
         with pyarrow.parquet.ParquetFile(path) as file:
             wanted = {field, split_field, "token_ids"}
             names = file.schema_arrow.names
             columns = [name for name in names if name in wanted]
             if not {field, "token_ids"} & set(columns):
-                columns = names[:20]  # for the message that lists them
+                columns = names[:_FEW]  # for the message that lists them
             for group in range(file.num_row_groups):
                 for batch in file.iter_batches(256, row_groups=[group], columns=columns):
                     for row in _batch_rows(batch):
@@ -242,6 +250,12 @@ def _check_ids(where: str, ids: Any) -> list[int]:
     return ids
 
 
-def _short(value: Any) -> str:
-    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else repr(value)
+def _short(value: Any, show: Callable[[Any], str] = repr) -> str:
+    text = show(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _short_list(names: Collection[str]) -> str:
+    """The first names, each quoted."""
+    first = ", ".join(map(_short, itertools.islice(names, _FEW))) or "none at all"
+    return first + (f" and {len(names) - _FEW:,} more" if len(names) > _FEW else "")

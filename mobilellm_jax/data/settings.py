@@ -48,6 +48,9 @@ class PrepareSettings:
             raise UserError("--keep_test is for rows that say their split; add --split_field FIELD")
         if self.document_separator == "":
             raise UserError("--document_separator is empty; name the text between two documents")
+        separator = self.document_separator or ""
+        if separator.encode(errors="replace").decode() != separator:
+            raise UserError(f"--document_separator {separator!a} has what is no character of UTF-8")
         ways = (self.num_valid_inputs > 0, self.split_field is not None, self.valid_fraction > 0)
         if sum(ways) > 1:
             raise UserError("use only one of --valid_input, --split_field and --valid_fraction")

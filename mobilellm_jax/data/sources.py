@@ -193,6 +193,11 @@ def _expand(item: str) -> list[str]:
     if item.startswith("hf:"):
         return [item]
     path = local_path(item)
+    if path.is_symlink() and not path.exists():
+        raise UserError(
+            f"{item}: is a link to {os.readlink(path)}, which is not there; bring that back, or "
+            "remove the link"
+        )
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if _is_known(file, path))
         if not files:
@@ -201,7 +206,7 @@ def _expand(item: str) -> list[str]:
                 f"{item}: no file to read in this directory; known kinds are {kinds}, the text "
                 f"ones also with {', '.join(COMPRESSIONS)}"
             )
-        return [str(file) for file in files]
+        return [name for file in files for name in _expand(str(file))]
     if path.exists():
         return [item]
     found = sorted(glob.glob(item, recursive=True)) if glob.has_magic(item) else []
@@ -220,7 +225,9 @@ def _found_part(name: str, item: str) -> str:
 
 
 def _is_known(file: Path, top: Path) -> bool:
-    if any(part.startswith(".") for part in file.relative_to(top).parts) or not file.is_file():
+    if any(part.startswith(".") for part in file.relative_to(top).parts):
+        return False
+    if not file.is_file() and not (file.is_symlink() and not file.exists()):
         return False
     suffixes = [suffix.lower() for suffix in file.suffixes[-2:]]
     if suffixes and suffixes[-1] in COMPRESSIONS:

@@ -14,6 +14,7 @@ import numpy as np
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.huggingface.safetensors_io import WeightFiles
 from mobilellm_jax.machine.extras import import_extra
+from mobilellm_jax.storage.untrusted import refuse_lfs_pointer
 
 _FIRST_SAFE = (2, 6)  # before, the weights-only loader could be made to run code (CVE-2025-32434)
 
@@ -34,7 +35,11 @@ class PickledWeightFiles(WeightFiles):
                 "can be made to run code; install a newer torch"
             )
         try:
+            with open(path, "rb") as file:
+                refuse_lfs_pointer(path, file.read(100))
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except UserError:
+            raise
         except pickle.UnpicklingError as error:
             raise UserError(
                 f"{path}: is refused because it asks for code to be run, or is damaged "

@@ -22,6 +22,7 @@ from mobilellm_jax.huggingface.names import DTYPES
 from mobilellm_jax.storage.untrusted import (
     MAX_JSON_BYTES,
     read_json,
+    refuse_lfs_pointer,
     safe_child,
     strict_json,
 )
@@ -146,6 +147,8 @@ def _check_unique_names(path: Path) -> None:
     """The library accepts a header that describes a tensor twice and takes the last one."""
     try:
         with open(path, "rb") as file:
+            refuse_lfs_pointer(path, file.read(100))
+            file.seek(0)
             length = int.from_bytes(file.read(8), "little")
             if length > MAX_JSON_BYTES:
                 raise UserError(f"{path}: damaged, its header would have {length} bytes")

@@ -9,7 +9,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.atomic import atomic_folder
 from mobilellm_jax.storage.hashing import sha256_file
 from mobilellm_jax.storage.paths import local_path
-from mobilellm_jax.storage.untrusted import read_json, safe_child
+from mobilellm_jax.storage.untrusted import read_json, refuse_lfs_pointer, safe_child
 
 CHECKSUMS = "SHA256SUMS"  # in the form that `sha256sum -c` reads
 REPORT = "report.json"
@@ -54,6 +54,8 @@ def verify_checksums(folder: Path) -> None:
         if not file.is_file():
             raise UserError(f"{file}: is missing; get the folder again")
         if _readable_sha256(file) != digest:
+            with open(file, "rb") as opened:
+                refuse_lfs_pointer(file, opened.read(100))
             raise UserError(
                 f"{file}: is not the file that was exported (see {CHECKSUMS}); get it again, or if "
                 f"you changed it on purpose delete {path}"

@@ -32,7 +32,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise UserError(f"{path}: {size} bytes are too many for a JSON file")
-        values = strict_json(path.read_bytes())
+        content = path.read_bytes()
+        refuse_lfs_pointer(path, content)
+        values = strict_json(content)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -42,6 +44,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
+
+
+def refuse_lfs_pointer(path: str | Path, content: bytes) -> None:
+    """Raises UserError for what lies in the place of a large file cloned without Git LFS.
+
+    Args:
+      path: the file, for the message.
+      content: its beginning, or all of it.
+    """
+    if content.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise UserError(
+            f"{path}: is a pointer of Git LFS, not the file itself; run git lfs pull where it was "
+            "cloned, or download the file"
+        )
 
 
 def strict_json(content: bytes) -> Any:

@@ -17,6 +17,7 @@ import sentencepiece
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.atomic import write_file
 from mobilellm_jax.storage.paths import local_path
+from mobilellm_jax.storage.untrusted import refuse_lfs_pointer
 
 MODEL_FILE = "tokenizer.model"
 _SPACE = "\u2581"  # SentencePiece's sign for a space
@@ -36,6 +37,7 @@ class SentencePieceTokenizer:
 
     def __init__(self, model_bytes: bytes, name: str = "tokenizer"):
         """``name`` is the file that error messages mention; raises UserError for a bad model."""
+        refuse_lfs_pointer(name, model_bytes)
         problem = f"{name}: not a SentencePiece model ({len(model_bytes)} bytes)"
         fix = "; pass a tokenizer.model file, or train one with --vocab_size"
         if not model_bytes:  # SentencePiece accepts an empty model and fails on first use
@@ -226,7 +228,10 @@ def _training_error(error: Exception, vocab_size: int) -> UserError:
             f"this text already need {limit[2]}; use a larger value"
         )
     if "sentences_.empty()" in message or "empty" in message:
-        return UserError("no text to train a tokenizer on: every document is empty")
+        return UserError(
+            "no text to train a tokenizer on: every document is empty, or is token_ids, which need "
+            "the --tokenizer that they were made with"
+        )
     return UserError(f"cannot train a tokenizer with --vocab_size {vocab_size}: {message}")
 
 
