@@ -17,6 +17,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import abstract_params
 from mobilellm_jax.model_bundle import ModelBundle, check_stop_ids, read_record
+from mobilellm_jax.storage.exports import CHECKSUMS
 from mobilellm_jax.storage.manifest import MANIFEST_NAME, find_damage
 from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.tokenizers.files import read_tokenizer
@@ -36,6 +37,36 @@ def list_steps(directory: Path) -> list[int]:
     return [int(name) for name in names if name.isdecimal() and str(int(name)) == name]
 
 
+# A file -> the folder that has it.
+_OTHER_FOLDERS = {
+    "dataset.json": "a dataset",
+    MANIFEST_NAME: "a checkpoint",
+    CHECKSUMS: "an exported model",
+    "model.safetensors": "a Hugging Face folder",
+    "pytorch_model.bin": "a Hugging Face folder",
+}
+
+
+def check_is_workdir(path: Path) -> None:
+    """Refuses folders that a run would spoil: it writes config.json, and seals name every file.
+
+    Raises:
+      UserError: a dataset, a model or checkpoints, none of which is a workdir already; a name that
+        the library of the checkpoints cannot write.
+    """
+    if str(path).encode(errors="replace").decode() != str(path):
+        raise UserError(
+            f"{str(path)!a} is not UTF-8, and no checkpoint can be written there; rename"
+        )
+    if (path / CHECKPOINTS_NAME).is_dir():
+        return
+    what = next((what for name, what in _OTHER_FOLDERS.items() if (path / name).exists()), None)
+    if list_steps(path) and path.name == CHECKPOINTS_NAME:
+        what = "the checkpoints of a run"
+    if what is not None:
+        raise UserError(f"{path}: is {what}, which a run would write into; use another workdir")
+
+
 def find_valid(path: Path) -> Path:
     """The newest valid step's folder at or below `path`."""
     path = path.absolute()  # Orbax insists
@@ -46,8 +77,8 @@ def find_valid(path: Path) -> Path:
     step, _ = newest_valid(directory, sizes_only="opt_state")
     if step is None:
         raise UserError(
-            f"{path}: no checkpoint here; use a run's workdir, its {CHECKPOINTS_NAME!r} folder or "
-            "the folder of one step"
+            f"{path}: no checkpoint here; use a run's workdir, its {CHECKPOINTS_NAME!r} folder, "
+            "the folder of one step or a Hugging Face folder with config.json"
         )
     return directory / str(step)
 

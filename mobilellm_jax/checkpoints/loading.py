@@ -37,8 +37,8 @@ def load_model(path: str | Path) -> ModelBundle:
     path = local_path(path)
     if not path.exists():
         raise UserError(f"{path}: no such folder")
-    has_steps = (path / "checkpoints").is_dir() or (path / "manifest.json").exists()
-    if has_steps or not (path / "config.json").exists():
+    of_run = ("checkpoints", "manifest.json", "metrics.jsonl")
+    if any((path / name).exists() for name in of_run) or not (path / "config.json").exists():
         return load_checkpoint(path)
     model = read_hf(path)
     return dataclasses.replace(model, params=jax.device_put(model.params))
@@ -52,10 +52,16 @@ def load_text_model(path: str | Path, tokenizer: str | Path | None = None) -> Mo
       tokenizer: file of a tokenizer, for a folder that has none.
 
     Raises:
-      UserError: as for `load`; or there is no tokenizer, or one that does not fit the model.
+      UserError: as for `load`; or there is no tokenizer, or one that is not the model's.
     """
     own = None if tokenizer is None else load_tokenizer(tokenizer)  # before what takes long
     model = load_model(path)
+    theirs = model.tokenizer
+    if own is not None and type(own) is type(theirs) and own.sha256 != theirs.sha256:
+        raise UserError(
+            f"{tokenizer}: is another tokenizer than that of {path}, whose ids it would misread; "
+            "leave --tokenizer out"
+        )
     if own is not None:
         model = dataclasses.replace(model, tokenizer=own)
     if model.tokenizer is None:

@@ -34,6 +34,7 @@ from mobilellm_jax import interrupts
 from mobilellm_jax.checkpoints.files import (
     CHECKPOINTS_NAME,
     METADATA_NAME,
+    check_is_workdir,
     check_model,
     encode_metadata,
     list_steps,
@@ -45,7 +46,7 @@ from mobilellm_jax.checkpoints.files import (
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model_bundle import ModelBundle
-from mobilellm_jax.storage.atomic import made_parents, removed_on_error, write_file
+from mobilellm_jax.storage.atomic import no_new_parents_on_error, removed_on_error, write_file
 from mobilellm_jax.storage.manifest import write_manifest
 from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.tokenizers.files import write_tokenizer
@@ -325,8 +326,9 @@ def save_model(workdir: str | Path, model: ModelBundle) -> None:
       UserError: `workdir` has checkpoints already, is not writable or too full.
     """
     workdir = local_path(workdir)
+    check_is_workdir(workdir)
     with (
-        made_parents(workdir),
+        no_new_parents_on_error(workdir),
         removed_on_error(functools.partial(_leave_nothing, workdir, workdir.exists())),
         interrupts.working(unwound=False),  # the threads that write would go on
         Checkpoints(workdir, keep_last=1) as checkpoints,

@@ -7,6 +7,7 @@ the JAX model before it gets its name.
 import argparse
 import contextlib
 import dataclasses
+import os
 import pydoc_data.topics
 import resource
 import sys
@@ -167,6 +168,9 @@ def _export(args: argparse.Namespace) -> None:
         raise UserError(
             f"--dtype {dtype}: {args.to} has {', '.join(target.tolerances)}; use one of them"
         )
+    with contextlib.suppress(OSError):  # one of them is not there
+        if os.path.samefile(args.checkpoint, args.output):
+            raise UserError(f"--output {args.output} is the --checkpoint; choose another folder")
     text, text_name = _read_text(args.text)
     if not args.no_verify:
         for module in target.runtime_modules:

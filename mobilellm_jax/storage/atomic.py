@@ -44,11 +44,11 @@ def atomic_folder(target: Path, *, writer: str, replace: bool = False) -> Iterat
     others = False
     with (
         contextlib.ExitStack() as stack,
-        made_parents(target),
+        no_new_parents_on_error(target),
         removed_on_error(lambda: others or shutil.rmtree(partial, ignore_errors=True)),
     ):
         try:
-            partial.mkdir()
+            partial.mkdir(parents=True)
             stack.callback(os.close, _lock_partial(partial, writer))
         except (OSError, UserError):
             others = True
@@ -61,8 +61,8 @@ def atomic_folder(target: Path, *, writer: str, replace: bool = False) -> Iterat
 
 
 @contextlib.contextmanager
-def made_parents(path: Path) -> Iterator[None]:
-    """Makes the folders above `path`; those that were not there go again if the body fails."""
+def no_new_parents_on_error(path: Path) -> Iterator[None]:
+    """Removes the folders above `path` that are not there yet, if its body makes them and fails."""
     made = [folder for folder in path.parents if not folder.exists()]
 
     def remove() -> None:
@@ -71,7 +71,6 @@ def made_parents(path: Path) -> Iterator[None]:
                 folder.rmdir()
 
     with removed_on_error(remove):
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield
 
 

@@ -94,16 +94,16 @@ def _is_replaceable(target: Path) -> bool:
     if not (target.exists() or target.is_symlink()):
         return False
     if target.is_dir() and not target.is_symlink():
-        names = {entry.relative_to(target).as_posix() for entry in target.rglob("*")}
-        if not names:
+        if not any(target.iterdir()):
             return True
         with contextlib.suppress(UserError):
             marked = any(
                 OWN_KEY in read_json(target / name)
                 for name in ("config.json", REPORT)
-                if name in names
+                if (target / name).exists()
             )
-            if marked and names == {*_read_checksums(target / CHECKSUMS), CHECKSUMS}:
+            sealed = {*_read_checksums(target / CHECKSUMS), CHECKSUMS} if marked else set()
+            if marked and sealed == {f.relative_to(target).as_posix() for f in target.rglob("*")}:
                 return True
     raise UserError(
         f"{target}: already holds something that is not an earlier export; choose another folder, "

@@ -22,6 +22,7 @@ import mobilellm_jax
 from mobilellm_jax.checkpoints.files import (
     CHECKPOINTS_NAME,
     check_arrays,
+    check_is_workdir,
     check_model,
     list_steps,
     newest_valid,
@@ -226,6 +227,7 @@ class RunChecks:
 
     def check_workdir(self) -> Finding:
         """Whether the workdir is one, or can become one, and is nobody else's."""
+        check_is_workdir(self.workdir)
         check_writable(self.workdir)
         check_writable(self.checkpoints)
         if jax.process_index() == 0 and self.workdir.is_dir():
