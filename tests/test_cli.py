@@ -253,9 +253,17 @@ def test_a_prompt_longer_than_the_context_is_refused_before_it_is_printed(capsys
 
 @pytest.mark.parametrize(
     ("content", "prompt"),
-    [(b"cat", "cat"), (b"cat\n", "cat"), (b"cat\r\n", "cat"), (b"\ncat \n\n", "\ncat \n")],
+    [
+        (b"cat", "cat"),
+        (b"cat\n", "cat"),
+        (b"cat\r\n", "cat"),
+        (b"\ncat \n\n", "\ncat \n"),
+        (b"\xef\xbb\xbfcat", "cat"),
+    ],
 )
-def test_a_prompt_file_loses_one_line_end(tmp_path, monkeypatch, small_model, content, prompt):
+def test_a_prompt_file_loses_one_line_end_and_its_mark(
+    tmp_path, monkeypatch, small_model, content, prompt
+):
     asked = []
     monkeypatch.setattr(generation, "generate", lambda _, prompts, **__: asked.extend(prompts))
     (tmp_path / "p").write_bytes(content)

@@ -165,6 +165,16 @@ def test_a_dataset_of_another_tokenizer_is_refused(dataset, model, tmp_path):
         )
 
 
+def test_a_batch_larger_than_the_split_is_the_whole_split(dataset, model):
+    result = evaluate(model, dataset, batch_size=10**20)
+    assert result.num_tokens == evaluate(model, dataset).num_tokens
+
+
+def test_a_byte_order_mark_is_not_measured(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfthe cat\n")
+    assert official_text(tmp_path / "a.txt") == "the cat\n"
+
+
 def test_official_protocol_written_out(model, tmp_path):
     path = tmp_path / "wiki.raw"
     path.write_text(" \n = Titlé = \n \n the cat and dog \n" + " sat on a mat \n" * 30)

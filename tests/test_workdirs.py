@@ -1,6 +1,8 @@
 """Folders that are something else are not taken for a run's, a model's, or its output's."""
 
 import dataclasses
+import shutil
+import sys
 
 import pytest
 from hf_folders import TINY, make_params, train_small_tokenizer
@@ -10,6 +12,7 @@ from prepared import make_documents, run_prepare, write_lines
 from mobilellm_jax import cli
 from mobilellm_jax.checkpoints.loading import load_model, load_text_model
 from mobilellm_jax.checkpoints.store import save_model
+from mobilellm_jax.data.dataset import Dataset
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.huggingface.folder import save_hf
 from mobilellm_jax.machine.coordination import RunCoordination
@@ -66,6 +69,27 @@ def test_a_name_that_checkpoints_cannot_have_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"w\\udcff' is not UTF-8"):
         save_model(tmp_path / "w\udcff", None)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "loss.png"])
+def test_a_folder_where_a_run_writes_a_file_is_found_before_it_starts(name, tmp_path):
+    (tmp_path / name).mkdir()
+    checks = RunChecks(default_config(), tmp_path, RunCoordination())
+    ((_, finding),) = checks.findings(["workdir"])
+    assert finding.level == "FAIL" and f"{name}: is a folder, and a run writes" in finding.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file systems of macOS refuse the name")
+def test_a_dataset_of_a_name_that_cannot_be_read_is_refused_when_it_is_opened(world, tmp_path):
+    shutil.copytree(world / "data", tmp_path / "d\udcff")
+    with pytest.raises(UserError, match=r"d\\udcff' is not UTF-8"):
+        Dataset.open(tmp_path / "d\udcff")
+
+
+def test_the_name_of_a_tokenizer_is_not_taken_for_its_bytes(tmp_path):
+    params = make_params(CONFIG)
+    with pytest.raises(UserError, match="bytes, not a str: Path"):
+        save_hf(tmp_path / "hf", CONFIG, params, tokenizer_model="tokenizer.model")
 
 
 @pytest.mark.parametrize("above", ["file", "loop"])

@@ -29,9 +29,12 @@ class Dataset:
         """Reads header and tokenizer.
 
         Raises:
-          UserError: as for `DatasetHeader.load`; or the tokenizer is not the dataset's.
+          UserError: as for `DatasetHeader.load`; or the tokenizer is not the dataset's, or the name
+        is one that its records cannot be read by.
         """
         header = DatasetHeader.load(directory)
+        if str(directory).encode(errors="replace").decode() != str(directory):
+            raise UserError(f"{str(directory)!a} is not UTF-8, as ArrayRecord needs it; rename it")
         return cls(str(directory), header, _matching_tokenizer(local_path(directory), header))
 
 

@@ -128,6 +128,7 @@ def dataset_perplexity(
         )
     source = RecordSource(dataset, split)
     num_records = len(source) if max_records is None else min(max_records, len(source))
+    batch_size = min(batch_size, num_records)  # more would be padding
     mask_documents = bool(model.provenance.mask_documents)
     batches = eval_batches(
         source,
@@ -166,7 +167,7 @@ def official_text(path: str | Path) -> str:
     compression = suffix if suffix in COMPRESSIONS else ""
     try:
         raw = b"".join(decompressed(str(path), compression, lambda raw: None))
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -277,7 +277,7 @@ def _read_text(path: str | None) -> tuple[str, str]:
         topics = pydoc_data.topics.topics
         return "\n".join(topics[name] for name in sorted(topics)), "Python's language reference"
     try:
-        return Path(path).read_text(encoding="utf-8"), path
+        return Path(path).read_text(encoding="utf-8-sig"), path
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({error})") from error
 

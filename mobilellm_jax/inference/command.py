@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
     if args.prompt_file:
         try:
             # Line ends of Windows are read as "\n".
-            text = Path(args.prompt_file).read_text(encoding="utf-8")
+            text = Path(args.prompt_file).read_text(encoding="utf-8-sig")
             prompts.append(text.removesuffix("\n"))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{args.prompt_file}: cannot be read as text ({error})") from error

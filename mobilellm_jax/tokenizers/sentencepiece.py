@@ -37,6 +37,11 @@ class SentencePieceTokenizer:
 
     def __init__(self, model_bytes: bytes, name: str = "tokenizer"):
         """``name`` is the file that error messages mention; raises UserError for a bad model."""
+        if not isinstance(model_bytes, bytes):
+            raise UserError(
+                f"{name}: give the content of tokenizer.model, bytes, not a "
+                f"{type(model_bytes).__name__}: Path(FILE).read_bytes()"
+            )
         refuse_lfs_pointer(name, model_bytes)
         problem = f"{name}: not a SentencePiece model ({len(model_bytes)} bytes)"
         fix = "; pass a tokenizer.model file, or train one with --vocab_size"

@@ -35,6 +35,7 @@ from mobilellm_jax.model import costs
 from mobilellm_jax.storage.atomic import lock_folder
 from mobilellm_jax.storage.paths import local_path
 from mobilellm_jax.training.failures import STATE_FIX, STEP_FIX, memory_errors
+from mobilellm_jax.training.metrics import METRICS_FILE, PLOT_FILE
 from mobilellm_jax.training.optimizer import learning_rate_schedule
 from mobilellm_jax.training.program import TrainProgram, check_batch, resolved_execution
 from mobilellm_jax.training.resumption import changes, rate_jump
@@ -230,6 +231,12 @@ class RunChecks:
         check_is_workdir(self.workdir)
         check_writable(self.workdir)
         check_writable(self.checkpoints)
+        for name in ("config.json", METRICS_FILE, PLOT_FILE):
+            if (self.workdir / name).is_dir():
+                raise UserError(
+                    f"{self.workdir / name}: is a folder, and a run writes a file of that name; "
+                    "move it away, or use another workdir"
+                )
         if jax.process_index() == 0 and self.workdir.is_dir():
             os.close(lock_workdir(self.workdir))
         return Finding("ok", f"{self.workdir}: can be written to")
