@@ -224,7 +224,6 @@ def of_another_run(workdir):
         ("run", a_file, [], "workdir"),
         ("file/run", below_a_file, [], "workdir"),
         ("run", a_dead_link, [], "workdir"),
-        ("r" * 300, lambda _: None, [], "workdir"),
         ("run", with_a_file_for_checkpoints, [], "workdir"),
         ("run", of_another_run, [], "workdir"),
         ("/proc/none/run", lambda _: None, [], "workdir"),

@@ -97,6 +97,7 @@ EXEMPT = {
     "export.formats.Format",
     "data.sources.iter_documents",
     "data.sources.Source",
+    "storage.untrusted.refuse_lfs_pointer",
 }
 
 
