@@ -9,7 +9,12 @@ from mobilellm_jax import cli
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.presets import PRESETS
 from mobilellm_jax.training import run_config
-from mobilellm_jax.training.run_config import default_config, load_config, model_config
+from mobilellm_jax.training.run_config import (
+    check_config,
+    default_config,
+    load_config,
+    model_config,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -92,6 +97,7 @@ def test_bad_overrides_are_refused_with_the_key(override, message):
         ("train.num_steps=1e3", 1000),
         ("train.num_steps=2.0", 2),
         ("train.num_steps=1_000", 1000),
+        ("log.every_steps=1e18", 10**18),
         ("optimizer.peak_lr=1", 1.0),
         ("data.mask_documents=TRUE", True),
         ("data.mask_documents=t", True),
@@ -253,3 +259,16 @@ def test_the_width_of_a_head_follows_an_override_and_is_kept_as_a_number():
     assert load_config("configs/125m.py").model.head_dim == 64
     overrides = ["--config.model.num_heads=18", "--config.model.head_dim=64"]
     assert load_config("configs/125m.py", overrides).model.head_dim == 64
+
+
+@pytest.mark.parametrize("change", ["lose", "add"])
+def test_a_config_of_python_with_other_keys_is_refused(change):
+    config = default_config().unlock()
+    if change == "lose":
+        del config.train["num_steps"]
+        message = r"config.train.num_steps is missing"
+    else:
+        config.train.num_step = 1
+        message = r"no key config.train.num_step; did you mean config.train.num_steps"
+    with pytest.raises(UserError, match=message):
+        check_config(config)

@@ -211,8 +211,7 @@ def _parse_int(text: str) -> int | None:
     with contextlib.suppress(ValueError):
         return int(text)
     number = _parse_float(text)
-    exact = number is not None and number.is_integer() and abs(number) < 2**53
-    return int(number) if exact else None
+    return int(number) if number is not None and number.is_integer() else None
 
 
 def _parse_float(text: str) -> float | None:
@@ -346,6 +345,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: naming the key, its value and what to use.
     """
+    _check_keys("the config", config)
     values, defaults = leaves(config), leaves(default_config())
     for key, value in values.items():
         kind = type(defaults[key])
