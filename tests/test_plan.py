@@ -326,7 +326,7 @@ def plan_arguments(folder, *arguments):
         (["--tokens", "nan"], "--tokens nan: use a number of more than 0"),
         (["--price", "inf"], "--price inf: use a number of more than 0"),
         (["--sequence_length", "65"], "--sequence_length 65: config.model.max_seq_len is 64; set"),
-        (["--output", ""], "--output '': cannot be made a folder"),
+        (["--output", ""], "argument --output: the path is empty"),
         (["--output", "config.py"], "--output 'config.py': cannot be made a folder"),
         (
             ["--search", "--config.train.global_batch_size=7"],

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -126,7 +125,7 @@ def _flags(plan) -> str:
 
 def _make_folder(output: str) -> None:
     try:
-        Path(output or os.devnull).mkdir(parents=True, exist_ok=True)
+        Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"--output {output!r}: cannot be made a folder ({error.strerror}); name another"
