@@ -8,6 +8,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
+# Two files of tests at a time: JAX itself leaves one of two cores idle for much of them.
+PARALLEL := --numprocesses 2 --dist loadfile
+
 .PHONY: quickstart phone test test-slow test-plans lint format clean
 
 quickstart: $(VENV)/core.stamp  ## text to a trained model in minutes, on a CPU
@@ -17,10 +20,10 @@ phone: $(VENV)/phone.stamp  ## the quickstart's model as an ExecuTorch program, 
 	PATH="$(BIN):$$PATH" bash launch/phone.sh
 
 test: $(VENV)/test.stamp  ## the default suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: $(VENV)/test.stamp  ## the slow tests alone
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(PARALLEL)
 
 test-plans: $(VENV)-plan/plan.stamp  ## what compilers of TPUs and GPUs make of the training step
 	$(CURDIR)/$(VENV)-plan/bin/python -m pytest -m slow tests/test_plans.py tests/test_compiled_step.py \

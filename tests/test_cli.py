@@ -139,6 +139,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_from_text_to_folder_and_back(capsys, tmp_path, monkeypatch):
     """prepare, train, evaluate, generate and convert, each fed with what the last one wrote."""
     monkeypatch.chdir(tmp_path)

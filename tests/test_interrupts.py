@@ -60,6 +60,10 @@ def swallow():
     except BaseException:
         time.sleep(60)
 
+def swallow_for_long():
+    interrupts._UNWIND_SECONDS = 60
+    swallow()
+
 def train():
     from mobilellm_jax.machine.signals import StopRequest
     StopRequest().listen()
@@ -143,24 +147,24 @@ def test_whatever_a_verb_does_a_signal_ends_it(works, tmp_path, what, number):
 
 
 def test_a_second_signal_ends_at_once(works):
-    with works("swallow") as process:
+    with works("swallow_for_long") as process:
         process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        time.sleep(1.0)
+        assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        before = time.monotonic()
         _, errors = process.communicate(timeout=20)
-    assert time.monotonic() - before < 0.4
     assert (process.returncode, errors) == SIGNALS[signal.SIGINT]
 
 
 def test_a_second_signal_ends_training_within_a_step_of_minutes(works, tmp_path):
     with works("train") as process:
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        time.sleep(1.0)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=20)
-    assert (process.returncode, errors) == SIGNALS[signal.SIGTERM]
+    # The first one may have come before C: then it is said that a step will be saved.
+    assert process.returncode == 143 and errors.endswith("terminated\n")
     assert not list(tmp_path.glob("out*"))
 
 

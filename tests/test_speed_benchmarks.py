@@ -69,6 +69,7 @@ def trained(tmp_path_factory):
     return done, json.loads((folder / "train.json").read_text())
 
 
+@pytest.mark.slow
 def test_training_is_measured_without_the_packages_that_gpu_machines_lack(trained):
     _, result = trained
     assert {name: "error" in side for name, side in result["sides"].items()} == {
@@ -77,6 +78,7 @@ def test_training_is_measured_without_the_packages_that_gpu_machines_lack(traine
     }
 
 
+@pytest.mark.slow
 def test_both_sides_start_with_the_same_loss(trained):
     sides = trained[1]["sides"]
     ours, theirs = sides["jax"]["first"], sides["torch"]["first"]
@@ -84,6 +86,7 @@ def test_both_sides_start_with_the_same_loss(trained):
     assert abs(ours - math.log(256)) < 0.1
 
 
+@pytest.mark.slow
 def test_the_file_holds_samples_hardware_versions_and_all_three_flop_counts(trained):
     result = trained[1]
     jax_side = result["sides"]["jax"]
@@ -98,6 +101,7 @@ def test_the_file_holds_samples_hardware_versions_and_all_three_flop_counts(trai
         assert value == pytest.approx(flops[count] * rate / jax_side["peak_flops"])
 
 
+@pytest.mark.slow
 def test_the_table_printed_is_that_of_the_file(trained):
     done, result = trained
     assert result_table([result], absolute=True) in done.stdout
@@ -161,6 +165,7 @@ def out_of_memory(settings):
 
 
 @pytest.mark.parametrize("take_turns", [True, False])
+@pytest.mark.slow
 def test_a_side_that_fails_is_named_and_the_others_are_measured(take_turns):
     sides = [
         Side("fast", sleeper, {"seconds": 0.3}),
@@ -222,6 +227,7 @@ def as_if_on_a_gpu(result):
     return there
 
 
+@pytest.mark.slow
 def test_the_page_of_a_cpu_has_ratios_that_of_a_gpu_rates_and_both_are_drawn(trained, tmp_path):
     result = trained[1]
     folder = tmp_path / "performance"
@@ -240,6 +246,7 @@ def test_the_page_of_a_cpu_has_ratios_that_of_a_gpu_rates_and_both_are_drawn(tra
     assert (folder / report.PICTURE).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_jobs_that_fail_or_run_too_long_do_not_keep_the_others_from_their_results(
     trained, tmp_path, capsys
 ):

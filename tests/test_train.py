@@ -180,6 +180,7 @@ def test_a_signal_saves_the_current_step_and_exits_0(home, number, as_in_a_termi
     assert_same_run(home, name)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_loudly(home):
     name = "damaged"
     assert run(home, name, "--config.checkpoint.keep_last=3").returncode == 0
@@ -196,6 +197,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(home):
     assert_same_run(home, name)
 
 
+@pytest.mark.slow
 def test_divergence_stops_the_run_and_is_not_saved(home):
     overrides = ["--config.optimizer.peak_lr=1e30", "--config.optimizer.clip_norm=1e30"]
     failed = run(home, "diverged", *overrides, "--config.checkpoint.every_steps=1")
@@ -241,6 +243,7 @@ def test_bad_settings_exit_2_and_leave_no_checkpoint(home, overrides, message):
     assert not list((home / "refused").glob("checkpoints/*"))
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_workdir_is_refused(home):
     with start(home, "held", "--config.train.num_steps=100000") as process:
         wait_for_line(process, "step  ")
@@ -271,6 +274,7 @@ def test_a_workdir_that_is_a_file_is_refused(home):
     assert (home / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_may_be_lengthened(home):
     """Its schedule is the new one, and what that does to the learning rate is said."""
     assert run(home, "longer", "--config.train.num_steps=4").returncode == 0
@@ -286,6 +290,7 @@ def test_an_interrupted_run_may_be_lengthened(home):
     assert load_checkpoint(home / "longer").provenance.step == 12
 
 
+@pytest.mark.slow
 def test_compiled_programs_outlive_a_run_and_damaged_ones_cost_time_only(home):
     """In a cache of the user's own, wherever JAX_COMPILATION_CACHE_DIR does not name another."""
     caches = {"XDG_CACHE_HOME": str(home / "caches")}
