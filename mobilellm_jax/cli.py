@@ -17,6 +17,7 @@ import mobilellm_jax
 from mobilellm_jax import interrupts
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.machine.large_pages import run_with_large_pages
+from mobilellm_jax.storage.paths import is_utf8
 
 # Verb -> (module with `add_arguments(parser)` and `main(args)`, one line of help).
 VERBS = {
@@ -100,7 +101,7 @@ def _status_of_error(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (UnicodeEncodeError, TypeError):  # TypeError: of libraries in C++
-        if not (bad := [a for a in arguments if a.encode(errors="replace").decode() != a]):
+        if not (bad := [a for a in arguments if not is_utf8(a)]):
             raise
         names = " or ".join(f"{a!a:.200}" for a in bad)
         print(f"error: {names}, which is not UTF-8, cannot be used here; rename", file=sys.stderr)

@@ -163,7 +163,7 @@ ARROWS = {
     "training": "checkpoints data errors evaluation machine model objectives storage tables "
     "tokenizers",
     "planning": "errors machine model storage tables training",
-    "cli": "data errors evaluation export inference interrupts machine planning training",
+    "cli": "data errors evaluation export inference interrupts machine planning storage training",
     "__main__": "cli interrupts",
 }
 PHONES_AND_TORCH = {

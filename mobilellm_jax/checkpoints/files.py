@@ -19,7 +19,7 @@ from mobilellm_jax.model.transformer import abstract_params
 from mobilellm_jax.model_bundle import ModelBundle, check_stop_ids, read_record
 from mobilellm_jax.storage.exports import CHECKSUMS
 from mobilellm_jax.storage.manifest import MANIFEST_NAME, find_damage
-from mobilellm_jax.storage.paths import local_path
+from mobilellm_jax.storage.paths import is_utf8, local_path
 from mobilellm_jax.tokenizers.files import read_tokenizer
 from mobilellm_jax.tokenizers.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ def check_is_workdir(path: Path) -> None:
       UserError: a dataset, a model or checkpoints, none of which is a workdir already; a name that
         the library of the checkpoints cannot write.
     """
-    if str(path).encode(errors="replace").decode() != str(path):
+    if not is_utf8(str(path)):
         raise UserError(
             f"{str(path)!a} is not UTF-8, and no checkpoint can be written there; rename"
         )

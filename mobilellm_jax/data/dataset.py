@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mobilellm_jax.data.records import HEADER_FILE, DatasetHeader
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.storage.paths import local_path
+from mobilellm_jax.storage.paths import is_utf8, local_path
 from mobilellm_jax.tokenizers.files import TOKENIZER_FILES, read_tokenizer
 from mobilellm_jax.tokenizers.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ class Dataset:
         is one that its records cannot be read by.
         """
         header = DatasetHeader.load(directory)
-        if str(directory).encode(errors="replace").decode() != str(directory):
+        if not is_utf8(str(directory)):
             raise UserError(f"{str(directory)!a} is not UTF-8, as ArrayRecord needs it; rename it")
         return cls(str(directory), header, _matching_tokenizer(local_path(directory), header))
 

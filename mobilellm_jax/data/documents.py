@@ -1,4 +1,4 @@
-"""What readers hand on: documents, whole or in blocks, and where text may be cut."""
+"""Documents as readers hand them on, whole or in blocks, and the places where text may be cut."""
 
 import dataclasses
 from typing import Any
@@ -29,7 +29,7 @@ class Document:
 
 
 def cut(text: Any, start: int, stop: int, *separators: Any) -> int:
-    """Where to cut ``text`` in (start, stop]: after the last newline, else before the last space.
+    """The place in (start, stop] to cut ``text``: after the last newline, else at the last space.
 
     Works on str and bytes; 0 where there is neither.
     """

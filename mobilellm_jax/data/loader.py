@@ -287,7 +287,7 @@ def _eval_row(record: Record, across_documents: bool, tokenizer: Tokenizer) -> B
 
 
 def _begins(record: Record) -> np.ndarray:
-    """Where documents begin, bool [T + 1]."""
+    """Marks the first token of each document, bool [T + 1]."""
     begins = np.zeros(len(record.tokens), bool)
     begins[record.starts[record.starts < len(begins)]] = True
     return begins

@@ -1,4 +1,4 @@
-"""What `prepare` found in its inputs: a table of them, and what looks like a mistake."""
+"""The report of `prepare` on its inputs: a table, and warnings of likely mistakes."""
 
 import logging
 import re

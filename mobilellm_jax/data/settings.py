@@ -3,6 +3,7 @@
 import dataclasses
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.paths import is_utf8
 
 MAX_SEQUENCE_LENGTH = 1 << 20
 # SentencePiece needs 256 bytes, 3 marks and a character; its largest released models are far below.
@@ -48,9 +49,10 @@ class PrepareSettings:
             raise UserError("--keep_test is for rows that say their split; add --split_field FIELD")
         if self.document_separator == "":
             raise UserError("--document_separator is empty; name the text between two documents")
-        separator = self.document_separator or ""
-        if separator.encode(errors="replace").decode() != separator:
-            raise UserError(f"--document_separator {separator!a} has what is no character of UTF-8")
+        if not is_utf8(self.document_separator or ""):
+            raise UserError(
+                f"--document_separator {self.document_separator!a} is not UTF-8; name another text"
+            )
         ways = (self.num_valid_inputs > 0, self.split_field is not None, self.valid_fraction > 0)
         if sum(ways) > 1:
             raise UserError("use only one of --valid_input, --split_field and --valid_fraction")

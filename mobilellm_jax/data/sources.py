@@ -217,7 +217,7 @@ def _expand(item: str) -> list[str]:
 
 
 def _found_part(name: str, item: str) -> str:
-    """What of a file's name does not stand in the folder or pattern that led to it."""
+    """The part of a file's name that is not in the folder or pattern that led to it."""
     name, item = os.path.normpath(name), os.path.normpath(item)
     found = name[len(os.path.commonprefix([name, item])) :]
     ending = os.path.commonprefix([found[::-1], item[::-1]])

@@ -89,7 +89,7 @@ def expansion(config: ModelConfig) -> str:
 
 
 def estimate_table(context_length: int | None, models: Mapping[str, ModelConfig] = PRESETS) -> str:
-    """What `mobilellm convert --estimate` prints: models in every phone format, in MB.
+    """Returns the table of `mobilellm convert --estimate`: models in every phone format, in MB.
 
     Args:
       context_length: in tokens, 1 or more; None is the shortest max_seq_len of the models.

@@ -20,7 +20,7 @@ _TOKENIZER_JSON = "tokenizer.json"
 def read_prompt_format(
     folder: Path, config_values: Mapping[str, Any], tokenizer: Tokenizer | None, vocab_size: int
 ) -> dict[str, Any]:
-    """What the folder says, as in `ModelBundle.to_record`, without what it does not say.
+    """Reads the folder's prompt format as in `ModelBundle.to_record`, but for what is not known.
 
     Args:
       config_values: the content of config.json.

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.storage.paths import path_flag
+from mobilellm_jax.storage.paths import is_utf8, path_flag
 
 _EPILOG = """\
 examples:
@@ -53,12 +53,10 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--max_tokens {args.max_tokens}: use 1 or more")
     prompts = list(args.prompt or [])
     for prompt in prompts:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
+        if not is_utf8(prompt):
             raise UserError(
                 f"--prompt {prompt!a:.80} is not UTF-8; use --prompt_file with a file in UTF-8"
-            ) from error
+            )
     if args.prompt_file:
         try:
             # Line ends of Windows are read as "\n".

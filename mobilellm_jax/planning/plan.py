@@ -344,7 +344,7 @@ def _peak(mesh: jax.sharding.Mesh, dtype: str) -> float:
 
 
 def _memory(weights: int, optimizer: int, batch: int, sizes, capacity: int) -> Memory:
-    """What the compiler counts (`compiled.memory_analysis()`), which is more than the elements.
+    """Memory as the compiler counts it (`compiled.memory_analysis()`): more than the elements.
 
     TPUs keep an array in tiles, so the compiler's arguments are wider than ours; its program lies
     in the same memory, and so does what is returned beside the donated state. Its temporaries err

@@ -62,6 +62,11 @@ def _checked(text: str) -> str:
     return text
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a name or text of the command line has no bytes that are not UTF-8."""
+    return text.encode(errors="replace").decode() == text
+
+
 def path_flag(value: str) -> str:
     """`type` of every flag that takes a path: shows `local_path`'s error with the flag's name."""
     try:
